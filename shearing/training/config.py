@@ -1,0 +1,41 @@
+"""What a recipe says about training: the schedule of one phase, and the engine that all phases share."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from shearing.config import Config
+
+
+class TrainingConfig(Config):
+    """One phase of training: its length, batch, optimiser and schedule."""
+
+    steps: int = Field(ge=1)
+    global_batch_tokens: int = Field(ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1, description="The cosine ends at this share of the peak")
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    gradient_clip: float = Field(1.0, gt=0)
+    evaluate_every_steps: int = Field(50, ge=1, description="Held-out evaluation and, with it, mixture update")
+    checkpoint_every_steps: int = Field(100, ge=1)
+
+
+class EngineConfig(Config):
+    """The workers of every training phase and how DeepSpeed runs on them."""
+
+    workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+    zero_stage: Literal[1, 2, 3] = 1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    micro_batch_sequences: int = Field(1, ge=1, description="Sequences of one forward pass on one worker")
+    activation_checkpointing: bool = False
+    max_failures: int = Field(3, ge=-1, description="Worker failures that a phase survives; -1 is without limit")
+
+
+class EvaluationConfig(Config):
+    """The held-out evaluation that steers the mixture, and the scores at the end."""
+
+    sequences_per_domain: int = Field(64, ge=1)
