@@ -32,6 +32,7 @@ class CorpusConfig(Config):
     """Raw text per domain, and how it is tokenised, packed and split."""
 
     path: str = Field(description="Folder or URI that holds prepared corpora; each has its own sub-folder")
+    root: str | None = Field(None, description="Folder or URI that relative text paths start from; joined on loading")
     domains: dict[str, DomainConfig]
     sequence_tokens: int = Field(4096, ge=16)
     split: SplitConfig = SplitConfig()

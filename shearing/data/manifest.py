@@ -22,10 +22,11 @@ class ShardEntry(Config):
 
 
 class SplitEntry(Config):
-    """One split of one domain."""
+    """One split of one domain. `tokens` are those in sequences; `dropped_tokens` did not fill a last one."""
 
     sequences: int
     tokens: int
+    dropped_tokens: int = 0
     documents: int
     text_bytes: int
     shards: list[ShardEntry]

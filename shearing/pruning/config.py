@@ -21,7 +21,9 @@ class GatesConfig(Config):
     initial_log_alpha: float = Field(3.0, description="Below the clamp at log 100, so that gates start distinct")
     initial_log_alpha_std: float = Field(0.1, ge=0)
     noise: Literal["shared", "per_rank"] = Field("shared", description="One draw of gates for all ranks, or one each")
-    tolerance: float = Field(0.01, gt=0, description="Largest gap of expected to target sparsity that counts as reached")
+    tolerance: float = Field(
+        0.01, gt=0, description="Largest gap of expected to target sparsity that counts as reached"
+    )
 
 
 class PruningConfig(TrainingConfig):

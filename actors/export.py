@@ -1,0 +1,23 @@
+"""Extraction and export as Ray tasks, where the memory and the device are."""
+
+from typing import Any
+
+import ray
+
+from shearing.training.export import ExportConfig, export_model, extract_model
+
+
+def export_on_cluster(config: ExportConfig, cpus: float, gpus: float) -> dict[str, Any]:
+    """`shearing.training.export.export_model` in a Ray task; it needs no GPU but is placed like a worker."""
+    return _run(export_model, config, cpus, gpus)
+
+
+def extract_on_cluster(config: ExportConfig, cpus: float, gpus: float) -> dict[str, Any]:
+    """`shearing.training.export.extract_model` in a Ray task."""
+    return _run(extract_model, config, cpus, gpus)
+
+
+def _run(function: Any, config: ExportConfig, cpus: float, gpus: float) -> dict[str, Any]:
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=2)(function)
+    outputs: dict[str, Any] = ray.get(task.remote(config))
+    return outputs

@@ -1,0 +1,50 @@
+"""The run's log: one actor that writes the reports of a phase as JSON lines and keeps the newest for the console."""
+
+import json
+import time
+from collections import deque
+from typing import Any
+
+from shearing.storage import Store, open_store
+
+KEPT_ROWS = 2000
+
+
+class RunLog:
+    """Appends rows to `<workspace>/metrics/<phase>.jsonl`.
+
+    A resumed phase repeats the steps after its checkpoint, so a reader takes the last row of a step and kind.
+    On a local disk each push is appended; an object store cannot append, so there the file is written whole by `flush`.
+    """
+
+    def __init__(self, workspace_uri: str, phase: str) -> None:
+        self.store: Store = open_store(workspace_uri).child("metrics")
+        self.name = f"{phase}.jsonl"
+        self.rows: deque[tuple[int, dict[str, Any]]] = deque(maxlen=KEPT_ROWS)
+        self.last_number = 0
+        earlier = self.store.read_bytes(self.name) if self.store.exists(self.name) else b""
+        self.text = earlier[: earlier.rfind(b"\n") + 1]  # a killed writer leaves half a line
+        if self.store.is_local:
+            self.store.write_bytes(self.name, self.text)
+            self.text = b""
+
+    def push(self, rows: list[dict[str, Any]]) -> None:
+        """Write rows and keep them for `newer`."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        for row in rows:
+            self.last_number = max(self.last_number + 1, time.time_ns())  # goes on rising in a restarted actor
+            self.rows.append((self.last_number, row))
+        if self.store.is_local:
+            with open(self.store.locate(self.name), "ab") as file:
+                file.write(text)
+        else:
+            self.text += text
+
+    def flush(self) -> None:
+        """All that was pushed is on storage when this returns."""
+        if not self.store.is_local:
+            self.store.write_bytes(self.name, self.text)
+
+    def newer(self, than: int) -> list[tuple[int, dict[str, Any]]]:
+        """Rows pushed after the one numbered `than`, with their numbers; at most the newest KEPT_ROWS."""
+        return [(number, row) for number, row in self.rows if number > than]

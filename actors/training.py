@@ -1,0 +1,213 @@
+"""One phase of training on Ray Train: streams, domain weights and log as actors, DeepSpeed in the workers.
+
+The driver calls `run_phase`; each worker runs `_train`. A worker group that dies is started again by Ray Train from the
+last checkpoint; a driver that dies goes on the same way when it is started again.
+"""
+
+import secrets
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from actors.domain_weights import DomainWeightsClient, start_domain_weights
+from actors.feeder import FeedPlan, RayDataSource, start_feeder
+from actors.run_log import RunLog
+from shearing.data.manifest import load_manifest
+from shearing.errors import UserError
+from shearing.storage import Store, open_store
+from shearing.training.checkpoint import CheckpointReader
+from shearing.training.engine import prepare_deepspeed
+from shearing.training.loop import Report, Trainer, TrainingDivergedError, event_report, training_reports
+from shearing.training.phase import PhaseConfig, Place, build_trainer, restore, save
+
+KEPT_CHECKPOINTS = 2
+POLL_S = 0.5
+SETUP_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """How a phase ended. `checkpoint` is the folder or URI of its last one; `outcome` what its gates came to."""
+
+    checkpoint: str
+    outcome: dict[str, Any]
+
+
+def run_phase(phase: PhaseConfig, workspace_uri: str, on_report: Callable[[Report], None]) -> PhaseResult:
+    """Bring one phase to its end, from its last checkpoint if there is one.
+
+    Args:
+        phase: What to train.
+        workspace_uri: Folder or URI of the run; checkpoints, metrics and mixture decisions go below it.
+        on_report: Called in a thread of the driver with each new report.
+
+    Raises:
+        UserError: What the user can mend: a domain that ran out, a loss that is no number.
+        ray.train.TrainingFailedError: The workers failed more often than `engine.max_failures`.
+    """
+    workspace = open_store(workspace_uri)
+    log = _actor(RunLog, f"run-log-{phase.name}").remote(workspace_uri, phase.name)
+    weights = start_domain_weights(
+        f"domain-weights-{phase.name}",
+        workspace.child(f"mixture/{phase.name}").uri,
+        phase.mixture,
+        phase.proportions,
+        phase.references,
+    )
+    feeder = start_feeder(_feed_plan(phase), f"sequence-feeder-{phase.name}")
+    settings = {"phase": phase, "log": log, "weights": weights, "feeder": feeder}
+    try:
+        with _Followed(log, on_report):
+            result = _fit(settings, workspace.child("checkpoints"))
+    finally:
+        for actor in (feeder, weights, log):
+            ray.kill(actor)
+    returned: dict[str, Any] = result.return_value
+    if returned["problems"]:
+        raise UserError(returned["problems"])
+    assert result.checkpoint is not None
+    name = Path(result.checkpoint.path).name
+    return PhaseResult(workspace.child(f"checkpoints/{phase.name}/{name}").uri, returned["outcome"])
+
+
+def _fit(settings: dict[str, Any], checkpoints: Store) -> Any:
+    phase: PhaseConfig = settings["phase"]
+    engine = phase.engine
+    resources = {"CPU": engine.cpus_per_worker} | ({"GPU": engine.gpus_per_worker} if engine.gpus_per_worker else {})
+
+    def trainer() -> TorchTrainer:
+        return TorchTrainer(
+            train_worker,
+            train_loop_config=settings,
+            torch_config=TorchConfig(backend="nccl" if engine.gpus_per_worker else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=engine.workers, use_gpu=bool(engine.gpus_per_worker), resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=phase.name,
+                storage_path=checkpoints.path,
+                storage_filesystem=None if checkpoints.is_local else checkpoints.filesystem,
+                failure_config=FailureConfig(max_failures=engine.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+            ),
+        )
+
+    for attempt in range(1, SETUP_ATTEMPTS + 1):
+        try:
+            return trainer().fit()
+        except ray.train.ControllerError:  # the set-up of the process group is not retried by Ray Train itself
+            if attempt == SETUP_ATTEMPTS:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """The phase on one worker. Returns what the gates came to, or problems that no new start would mend."""
+    phase: PhaseConfig = settings["phase"]
+    context = ray.train.get_context()
+    place = Place(context.get_world_rank(), context.get_world_size(), prepare_deepspeed())
+    attempt = _agreed(secrets.token_hex(4))
+    weights = DomainWeightsClient(settings["weights"], place.rank, place.world, attempt)
+    trainer = build_trainer(phase, place, RayDataSource(settings["feeder"]), weights)
+    log = _RankLog(settings["log"] if place.rank == 0 else None)
+    if (checkpoint := ray.train.get_checkpoint()) is not None:
+        restore(trainer, CheckpointReader(Store(checkpoint.filesystem, checkpoint.path, checkpoint.path)))
+        step = trainer.state.step
+        log.push(event_report(step, "resumed", f"goes on from step {step:,} with {place.world} workers"))
+    try:
+        for report in training_reports(trainer):
+            log.push(report)
+            if trainer.settled(report) and trainer.checkpoint_due():
+                log.flush()
+                _checkpoint(trainer, attempt)
+    except (UserError, TrainingDivergedError) as error:  # the same on every rank, and on every new start
+        return {"problems": error.problems if isinstance(error, UserError) else [str(error)], "outcome": {}}
+    finally:
+        log.flush()
+    return {"problems": [], "outcome": trainer.learner.outcome() if trainer.learner else {}}
+
+
+def _checkpoint(trainer: Trainer, attempt: str) -> None:
+    step, world = trainer.state.step, trainer.stream.world
+    with tempfile.TemporaryDirectory(prefix="shear-checkpoint-") as folder:
+        save(trainer, Path(folder))
+        # a name of this life of the group alone: files that a dead one left behind can never mix with these
+        name = f"step-{step:08d}-of-{world}-{attempt}"
+        ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+
+
+class _RankLog:
+    """Sends reports to the log actor from one rank, without waiting for them until `flush`."""
+
+    def __init__(self, actor: Any | None) -> None:
+        self.actor = actor
+        self.sent: list[Any] = []
+
+    def push(self, report: Report) -> None:
+        if self.actor is not None:
+            self.sent = [*self.sent[-100:], self.actor.push.remote([report])]
+
+    def flush(self) -> None:
+        if self.actor is not None:
+            ray.get([*self.sent, self.actor.flush.remote()])
+            self.sent = []
+
+
+class _Followed:
+    """Hands new reports of the log to the driver while a phase runs."""
+
+    def __init__(self, log: Any, on_report: Callable[[Report], None]) -> None:
+        self.log, self.on_report = log, on_report
+        self.seen = 0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._follow, name="follow-run-log", daemon=True)
+
+    def __enter__(self) -> "_Followed":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.stop.set()
+        self.thread.join(timeout=10)
+
+    def _follow(self) -> None:
+        while not self.stop.wait(POLL_S):
+            self._pass_on()
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        try:
+            rows = ray.get(self.log.newer.remote(self.seen), timeout=30)
+        except ray.exceptions.RayError:  # the log is being restarted, or the cluster goes down: the next poll tells
+            return
+        for number, row in rows:
+            self.seen = number
+            self.on_report(row)
+
+
+def _agreed(token: str) -> str:
+    tokens = [token]
+    dist.broadcast_object_list(tokens, src=0)
+    return tokens[0]
+
+
+def _actor(cls: type, name: str) -> Any:
+    return ray.remote(cls).options(name=name, num_cpus=0, max_restarts=-1, max_task_retries=-1)
+
+
+def _feed_plan(phase: PhaseConfig) -> FeedPlan:
+    manifest = load_manifest(open_store(phase.corpus))
+    sequences = phase.training.steps * phase.training.global_batch_tokens // manifest.sequence_tokens
+    domains = list(phase.proportions)
+    return FeedPlan(
+        phase.corpus, phase.split, phase.seed, dict.fromkeys(domains, 0), dict.fromkeys(domains, sequences)
+    )

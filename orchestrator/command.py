@@ -1,0 +1,129 @@
+"""The main job as a command: recipe in, exit status out, nothing but plain words for what the user can mend."""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import TextIO
+
+from orchestrator.console import Console, format_duration
+from orchestrator.plan import plan
+from orchestrator.plan_text import render_plan
+from orchestrator.preflight import preflight
+from orchestrator.ray_session import RaySession
+from orchestrator.recipe import Recipe
+from orchestrator.recipe_loading import load_recipe
+from orchestrator.run import run_recipe
+from orchestrator.stage import Context
+from shearing.errors import UserError
+
+DONE, FAILED, TO_MEND = 0, 1, 2
+
+
+class StoppedError(KeyboardInterrupt):
+    """The run was asked to stop. `signal_number` says how."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for."""
+
+    recipe: str
+    overrides: list[str]
+    plan: bool = False
+    verbose: bool = False
+    dashboard: bool = False
+
+
+def run_command(command: Command, out: TextIO, err: TextIO) -> int:
+    """Do what was asked. Status: 0 done, 2 what the user can mend, 1 other failures, 128 + signal if stopped."""
+    console = Console(err, command.verbose)
+    try:
+        with _stop_on_signals():
+            return _run(command, console, out)
+    except UserError as error:
+        _list_problems(error.problems, console)
+        return TO_MEND
+    except (KeyboardInterrupt, SystemExit) as error:  # Ray Train answers Ctrl-C during training by sys.exit
+        number = error.signal_number if isinstance(error, StoppedError) else int(signal.SIGINT)
+        console.close()
+        console.text(
+            f"stopped by {signal.Signals(number).name}. To go on from the last checkpoint, run the same again:"
+        )
+        console.text(f"  {_again()}")
+        return 128 + number
+    except Exception as error:  # the one place where any failure becomes an exit status
+        console.close()
+        console.text("".join(traceback.format_exception(error)).rstrip())
+        console.text(f"failed. What was finished is kept; to go on from there, run the same again:\n  {_again()}")
+        return FAILED
+
+
+def _run(command: Command, console: Console, out: TextIO) -> int:
+    started = time.monotonic()
+    recipe = load_recipe(command.recipe, command.overrides)
+    if command.plan:
+        found = plan(recipe)
+        out.write(render_plan(found))
+        return TO_MEND if found.problems else DONE
+    if problems := preflight(recipe):
+        raise UserError(problems)
+    console.note(f"recipe {recipe.name} checked in {format_duration(time.monotonic() - started)}")
+    session = RaySession(recipe, command.verbose, command.dashboard)
+    context = run_recipe(recipe, console, session)
+    _say_where(recipe, context, time.monotonic() - started, out)
+    return DONE
+
+
+def _say_where(recipe: Recipe, context: Context, seconds: float, out: TextIO) -> None:
+    store = context.workspace.store
+    out.write(f"{recipe.name}: done in {format_duration(seconds)}\n")
+    out.write(f"  report  {store.child('report').uri}/index.html\n")
+    out.write(f"  model   {store.child('model').uri}\n")
+
+
+def _list_problems(problems: list[str], console: Console) -> None:
+    console.close()
+    console.text(f"{len(problems)} {'problem' if len(problems) == 1 else 'problems'} to mend:")
+    for problem in problems:
+        console.text("  - " + problem.replace("\n", "\n    "))
+
+
+def _again() -> str:
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):  # set by Ray for the driver of a submitted job
+        return "ray job submit --working-dir . -- python " + shlex.join(sys.argv)
+    return "python " + shlex.join(sys.argv)
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM as StoppedError in the main thread; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen = 0
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 1:
+            os._exit(128 + number)
+        raise StoppedError(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,70 @@
+"""What a worker holds in memory during a phase, and what a checkpoint takes on disk, from closed formulas."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shearing.models.shape import Shape
+from shearing.pruning.target import GroupSpec
+from shearing.training.config import EngineConfig
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+# Float32 each: value, gradient, two Adam moments, and the gate that the step drew.
+BYTES_A_GATE = 20
+# Weights and two Adam moments in float32; the same of a gate. The bitmap of consumed sequences is far smaller.
+CHECKPOINT_BYTES_A_PARAMETER = 12
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Bytes on one worker. An estimate: allocators, communication buffers and the framework itself come on top."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gates: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.gates + self.activations
+
+
+FORMULAS = """\
+N parameters, W workers, b bytes of the dtype, B x T tokens of a micro-batch, G gates
+weights      b N                (ZeRO 3: / W)
+gradients    b N                (ZeRO 2 and 3: / W)
+optimizer    12 N / W           float32 copy and two Adam moments
+gates        20 G
+activations  b B T L (8 D + 2 (H + 2K) P + 4 F); with activation checkpointing b B T (L D + one layer's);
+             and B T V (b + 8) for the logits, their float32 copy and its gradient"""
+
+
+def worker_memory(
+    parameters: int, shape: Shape, vocabulary: int, engine: EngineConfig, *, sequence_tokens: int, gates: int = 0
+) -> WorkerMemory:
+    """Bytes on each worker while a model of `parameters` is trained by the formulas in FORMULAS."""
+    size, workers = DTYPE_BYTES[engine.dtype], engine.workers
+    tokens = engine.micro_batch_sequences * sequence_tokens
+    attention = 2 * (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_size
+    a_layer = size * tokens * (8 * shape.hidden_size + attention + 4 * shape.intermediate_size)
+    layers = shape.num_layers * a_layer
+    if engine.activation_checkpointing:
+        layers = shape.num_layers * size * tokens * shape.hidden_size + a_layer
+    return WorkerMemory(
+        weights=size * parameters / (workers if engine.zero_stage == 3 else 1),
+        gradients=size * parameters / (workers if engine.zero_stage >= 2 else 1),
+        optimizer=12 * parameters / workers,
+        gates=BYTES_A_GATE * gates,
+        activations=layers + tokens * vocabulary * (size + 8),
+    )
+
+
+def gate_count(groups: Iterable[GroupSpec]) -> int:
+    """Gates in all groups together."""
+    return sum(group.size * (group.rows or 1) for group in groups)
+
+
+def checkpoint_bytes(parameters: int, gates: int = 0) -> int:
+    """Bytes of one training checkpoint on disk."""
+    return CHECKPOINT_BYTES_A_PARAMETER * (parameters + gates)

@@ -1,0 +1,157 @@
+"""What a run would do, before it does anything: stages, shapes, parameters, tokens, memory, disk, data use.
+
+Loads neither torch nor Ray.
+"""
+
+from dataclasses import dataclass
+
+from orchestrator.data_forecast import DomainUse, Supply, data_use, find_text, phases_of
+from orchestrator.memory_forecast import DTYPE_BYTES, WorkerMemory, checkpoint_bytes, gate_count, worker_memory
+from orchestrator.preflight import preflight, supply_of
+from orchestrator.recipe import Recipe
+from orchestrator.run import stages_of
+from orchestrator.source_model import SourceFacts, inspect_source
+from orchestrator.workspace import Mark, Workspace, open_workspace, workspace_uri
+from shearing.models.family import vocabulary_of
+from shearing.models.parameters import count_parameters, prunable_parameters
+from shearing.models.shape import Shape
+from shearing.pruning.target import gate_groups
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage and how far it is: `finished`, `begun` or `to run`."""
+
+    name: str
+    title: str
+    state: str
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model of the run: its shape, parameters, and the bytes of its directory."""
+
+    name: str
+    shape: Shape
+    parameters: int
+    prunable_parameters: int
+    directory_bytes: int
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One training phase; what depends on the model's shape is None where a problem hides it."""
+
+    name: str
+    steps: int
+    tokens: int
+    batch_sequences: int
+    accumulation_steps: float
+    memory: WorkerMemory | None
+    checkpoint_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a run before it starts. `problems` is what has to be mended first."""
+
+    name: str
+    workspace: str
+    stages: list[StagePlan]
+    models: list[ModelPlan]
+    gates: dict[str, str]
+    phases: list[PhasePlan]
+    supply: Supply
+    use: list[DomainUse]
+    problems: list[str]
+
+
+def plan(recipe: Recipe) -> Plan:
+    """What a run of the recipe would do. Starts nothing and writes nothing."""
+    facts = inspect_source(recipe)
+    problems = preflight(recipe)
+    try:
+        workspace: Workspace | None = open_workspace(recipe)
+    except (ValueError, OSError):
+        workspace = None  # among the problems
+    marks = workspace.marks() if workspace is not None else {}
+    text_bytes, _ = find_text(recipe)
+    supply = supply_of(recipe, workspace, text_bytes, facts) if workspace is not None else Supply({}, estimated=True)
+    return Plan(
+        name=recipe.name,
+        workspace=workspace_uri(recipe),
+        stages=[StagePlan(stage.name, stage.title, _state(marks.get(stage.name))) for stage in stages_of(recipe)],
+        models=_models(recipe, facts),
+        gates=_gates(recipe, facts),
+        phases=_phases(recipe, facts),
+        supply=supply,
+        use=data_use(recipe, supply),
+        problems=problems,
+    )
+
+
+def _state(mark: Mark | None) -> str:
+    if mark is None:
+        return "to run"
+    return "begun" if mark.finished is None else "finished"
+
+
+def _models(recipe: Recipe, facts: SourceFacts) -> list[ModelPlan]:
+    if facts.shape is None or facts.config is None:
+        return []
+    size = DTYPE_BYTES[recipe.engine.dtype]
+    named = [("source", facts.shape), *([("target", facts.target)] if facts.target is not None else [])]
+    return [
+        ModelPlan(
+            name,
+            shape,
+            count_parameters(facts.config, shape),
+            prunable_parameters(facts.config, shape),
+            size * count_parameters(facts.config, shape),
+        )
+        for name, shape in named
+    ]
+
+
+def _gates(recipe: Recipe, facts: SourceFacts) -> dict[str, str]:
+    if facts.shape is None or facts.target is None:
+        return {}
+    groups = gate_groups(facts.shape, facts.target, recipe.pruning.gates.groups)
+    return {
+        name: f"{spec.size:,} -> {spec.target:,}{f' in each of {spec.rows} layers' if spec.rows else ''}"
+        f" (sparsity {spec.target_sparsity:.4f})"
+        for name, spec in groups.items()
+    }
+
+
+def _phases(recipe: Recipe, facts: SourceFacts) -> list[PhasePlan]:
+    plans = []
+    engine, sequence_tokens = recipe.engine, recipe.corpus.sequence_tokens
+    for phase in phases_of(recipe):
+        shape = facts.shape if phase.name in ("source", "pruning") else facts.target
+        memory, checkpoint = None, None
+        if shape is not None and facts.shape is not None and facts.config is not None:
+            parameters = count_parameters(facts.config, shape)
+            masked = phase.name == "pruning" and facts.target is not None
+            groups = (
+                gate_groups(facts.shape, facts.target, recipe.pruning.gates.groups) if masked and facts.target else {}
+            )
+            gates = gate_count(groups.values())
+            memory = worker_memory(
+                parameters, shape, vocabulary_of(facts.config), engine, sequence_tokens=sequence_tokens, gates=gates
+            )
+            checkpoint = checkpoint_bytes(parameters, gates)
+        training = phase.training
+        sequences = training.global_batch_tokens // sequence_tokens
+        plans.append(
+            PhasePlan(
+                name=phase.name,
+                steps=training.steps,
+                tokens=training.steps * training.global_batch_tokens,
+                batch_sequences=sequences,
+                accumulation_steps=sequences / (engine.workers * engine.micro_batch_sequences),
+                memory=memory,
+                checkpoint_bytes=checkpoint,
+            )
+        )
+    return plans

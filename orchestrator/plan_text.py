@@ -1,0 +1,105 @@
+"""A plan as text for a terminal."""
+
+from collections.abc import Iterator
+
+from orchestrator.data_forecast import DomainUse
+from orchestrator.memory_forecast import FORMULAS
+from orchestrator.plan import Plan
+from shearing.models.shape import Shape
+
+KEPT_CHECKPOINTS = 2
+
+
+def render_plan(plan: Plan) -> str:
+    """The whole plan, problems last."""
+    return "\n".join(_lines(plan)) + "\n"
+
+
+def format_bytes(size: float) -> str:
+    """Bytes with a binary unit: `512 B`, `1.5 MiB`, `26.2 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    yield f"run {plan.name} in {plan.workspace}"
+    yield ""
+    yield "stages"
+    for number, stage in enumerate(plan.stages, start=1):
+        yield f"  {number}. {stage.name:<11} {stage.title:<42} {stage.state}"
+    yield ""
+    yield from _model_lines(plan)
+    yield from _phase_lines(plan)
+    yield from _data_lines(plan)
+    if plan.problems:
+        yield "to be mended before it can run"
+        for problem in plan.problems:
+            yield "  - " + problem.replace("\n", "\n    ")
+    else:
+        yield "nothing is missing: run it without --plan"
+
+
+def _model_lines(plan: Plan) -> Iterator[str]:
+    if not plan.models:
+        return
+    yield "models                " + "".join(f"{model.name:>16}" for model in plan.models)
+    for name in Shape.model_fields:
+        yield f"  {name:<20}" + "".join(f"{getattr(model.shape, name):>16,}" for model in plan.models)
+    yield "  parameters          " + "".join(f"{model.parameters:>16,}" for model in plan.models)
+    yield "  prunable            " + "".join(f"{model.prunable_parameters:>16,}" for model in plan.models)
+    yield "  directory on disk   " + "".join(f"{format_bytes(model.directory_bytes):>16}" for model in plan.models)
+    yield ""
+    if plan.gates:
+        yield "gates"
+        for name, text in plan.gates.items():
+            yield f"  {name:<13} {text}"
+        yield ""
+
+
+def _phase_lines(plan: Plan) -> Iterator[str]:
+    yield "training          steps           tokens   batch   accumulated   a checkpoint   memory a worker"
+    for phase in plan.phases:
+        memory = format_bytes(phase.memory.total) if phase.memory else "?"
+        disk = format_bytes(phase.checkpoint_bytes) if phase.checkpoint_bytes is not None else "?"
+        yield (
+            f"  {phase.name:<10} {phase.steps:>10,} {phase.tokens:>16,} {phase.batch_sequences:>7,} "
+            f"{phase.accumulation_steps:>13g} {disk:>14} {memory:>17}"
+        )
+    yield f"  (batch in sequences; each phase keeps {KEPT_CHECKPOINTS} checkpoints)"
+    yield ""
+    known = [phase for phase in plan.phases if phase.memory is not None]
+    if known:
+        yield "memory a worker, estimated       weights   gradients   optimizer       gates   activations"
+        for phase in known:
+            held = phase.memory
+            assert held is not None
+            parts = (held.weights, held.gradients, held.optimizer, held.gates)
+            cells = "".join(f"{format_bytes(part):>12}" for part in parts)
+            yield f"  {phase.name:<26}{cells}{format_bytes(held.activations):>14}"
+        yield from (f"    {line}" for line in FORMULAS.splitlines())
+        yield ""
+
+
+def _data_lines(plan: Plan) -> Iterator[str]:
+    if not plan.use:
+        return
+    label = (
+        "estimated from file sizes, good to a factor of two" if plan.supply.estimated else "from the prepared corpus"
+    )
+    yield f"data at the prior proportions: sequences drawn / there = epochs ({label})"
+    phases = list(dict.fromkeys(use.phase.name for use in plan.use))
+    width = max(10, *(len(use.domain) for use in plan.use))
+    yield " " * (width + 2) + "".join(f"{phase:>30}" for phase in phases)
+    for domain in dict.fromkeys(use.domain for use in plan.use):
+        cells = [
+            _use_cell(use) for phase in phases for use in plan.use if (use.domain, use.phase.name) == (domain, phase)
+        ]
+        yield f"  {domain:<{width}}" + "".join(f"{cell:>30}" for cell in cells)
+    yield ""
+
+
+def _use_cell(use: DomainUse) -> str:
+    return f"{use.drawn:,.0f} / {use.sequences:,.0f} = {use.epochs:.2f}"

@@ -1,0 +1,221 @@
+"""Everything that can be wrong with a recipe and is known before anything starts, all at once.
+
+Loads neither torch nor Ray nor transformers.
+"""
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from orchestrator.data_forecast import DomainUse, Supply, data_use, estimated_supply, find_text, known_supply, phases_of
+from orchestrator.recipe import Recipe
+from orchestrator.run import stages_of
+from orchestrator.source_model import SourceFacts, inspect_source
+from orchestrator.stage import recipe_conflicts
+from orchestrator.workspace import Workspace, workspace_uri
+from shearing.data.references import load_references
+from shearing.errors import UserError
+from shearing.models.parameters import count_parameters
+from shearing.storage import open_store
+
+PROPORTION_TOLERANCE = 1e-6
+ESTIMATE_MARGIN = 2.0  # a forecast from bytes is refused only where it falls short by more than its own error
+
+
+def preflight(recipe: Recipe) -> list[str]:
+    """Every problem of a recipe, each a complete message; an empty list where a run may start."""
+    text_bytes, problems = find_text(recipe)
+    problems += _proportion_problems(recipe)
+    facts = inspect_source(recipe)
+    problems += facts.problems
+    problems += _schedule_problems(recipe)
+    problems += _reference_problems(recipe, facts)
+    problems += _mixture_problems(recipe)
+    folder_problems, workspace = _folder_problems(recipe)
+    problems += folder_problems
+    if workspace is not None:
+        problems += recipe_conflicts(stages_of(recipe), recipe, workspace)
+        problems += _supply_problems(recipe, supply_of(recipe, workspace, text_bytes, facts))
+    return problems
+
+
+def supply_of(recipe: Recipe, workspace: Workspace, text_bytes: dict[str, float], facts: SourceFacts) -> Supply:
+    """Sequences of every domain: from the manifest where the corpus is prepared, else estimated from file sizes."""
+    known = known_supply(recipe, workspace)
+    return known or estimated_supply(recipe, text_bytes, facts.tokenizer_vocabulary)
+
+
+def _proportion_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    proportions = {name: domain.proportion for name, domain in recipe.corpus.domains.items()}
+    total = math.fsum(proportions.values())
+    if proportions and abs(total - 1) > PROPORTION_TOLERANCE:
+        scaled = ", ".join(f"{name} {value / total:.6g}" for name, value in proportions.items())
+        problems.append(
+            f"corpus.domains: the proportions sum to {total:.6g}, not 1 (allowed error {PROPORTION_TOLERANCE:g}). "
+            f"Scaled to 1 they are: {scaled}."
+        )
+    split = recipe.corpus.split
+    if split.eval + split.prune >= 1:
+        problems.append(
+            f"corpus.split: eval {split.eval:g} and prune {split.prune:g} leave nothing to the train split; their sum "
+            "has to be below 1. Set corpus.split.prune lower."
+        )
+    return problems
+
+
+def _schedule_problems(recipe: Recipe) -> list[str]:
+    problems: list[str] = []
+    seen: set[str] = set()
+    for phase in phases_of(recipe):
+        if phase.key in seen:
+            continue
+        seen.add(phase.key)
+        training = phase.training
+        if training.warmup_steps > training.steps:
+            problems.append(
+                f"{phase.key}.warmup_steps = {training.warmup_steps:,} is longer than the phase ({phase.key}.steps = "
+                f"{training.steps:,}); allowed: 0 to {training.steps:,}. Set {phase.key}.warmup_steps="
+                f"{max(1, training.steps // 10)}."
+            )
+        problems += _batch_problems(recipe, phase.key, training.global_batch_tokens)
+    gates, steps = recipe.pruning.gates, recipe.pruning.steps
+    if gates.sparsity_warmup_steps > steps:
+        problems.append(
+            f"pruning.gates.sparsity_warmup_steps = {gates.sparsity_warmup_steps:,} is longer than the phase "
+            f"(pruning.steps = {steps:,}), so the target would never be asked for; allowed: 0 to {steps:,}. "
+            f"Set pruning.gates.sparsity_warmup_steps={max(1, steps // 5)}."
+        )
+    return problems
+
+
+def _batch_problems(recipe: Recipe, key: str, batch_tokens: int) -> list[str]:
+    sequence_tokens, engine = recipe.corpus.sequence_tokens, recipe.engine
+    if batch_tokens % sequence_tokens:
+        nearest = max(1, round(batch_tokens / sequence_tokens)) * sequence_tokens
+        return [
+            f"{key}.global_batch_tokens = {batch_tokens:,} is not a multiple of corpus.sequence_tokens = "
+            f"{sequence_tokens:,}. Set {key}.global_batch_tokens={nearest}."
+        ]
+    sequences, at_once = batch_tokens // sequence_tokens, engine.workers * engine.micro_batch_sequences
+    if sequences % at_once == 0:
+        return []
+    micro = [m for m in _divisors(sequences) if sequences % (m * engine.workers) == 0]
+    workers = [w for w in _divisors(sequences) if sequences % (w * engine.micro_batch_sequences) == 0]
+    nearest = max(1, round(sequences / at_once)) * at_once * sequence_tokens
+    choices = [f"{key}.global_batch_tokens={nearest}"]
+    choices += [f"engine.micro_batch_sequences to one of {_listed(micro)}"] if micro else []
+    choices += [f"engine.workers to one of {_listed(workers)}"] if workers else []
+    return [
+        f"{key}.global_batch_tokens = {batch_tokens:,} is {sequences:,} sequences, which {engine.workers} workers x "
+        f"{engine.micro_batch_sequences} sequences of a micro-batch do not divide. Set {' or '.join(choices)}."
+    ]
+
+
+def _divisors(number: int) -> list[int]:
+    return [value for value in range(1, min(number, 4096) + 1) if number % value == 0]
+
+
+def _listed(values: list[int]) -> str:
+    shown = values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]
+    return ", ".join(map(str, shown))
+
+
+def _reference_problems(recipe: Recipe, facts: SourceFacts) -> list[str]:
+    if recipe.references.kind == "source":
+        return []
+    known = facts.config is not None and facts.target is not None
+    parameters = count_parameters(facts.config, facts.target) if known else 10**9
+    try:
+        load_references(recipe.references, recipe.corpus.domains, parameters)
+    except UserError as error:
+        return [f"references: {problem}" for problem in error.problems]
+    return []
+
+
+def _mixture_problems(recipe: Recipe) -> list[str]:
+    mixture, count = recipe.mixture, max(1, len(recipe.corpus.domains))
+    problems = []
+    if mixture.floor * count > 1:
+        problems.append(
+            f"mixture.floor = {mixture.floor:g} for {count} domains asks for more than the whole; allowed: at most "
+            f"{1 / count:.4g}. Set mixture.floor=0."
+        )
+    if mixture.cap * count < 1:
+        problems.append(
+            f"mixture.cap = {mixture.cap:g} for {count} domains cannot make up the whole; allowed: at least "
+            f"{1 / count:.4g}. Set mixture.cap=1."
+        )
+    for name, domain in recipe.corpus.domains.items():
+        if not mixture.floor <= domain.proportion <= mixture.cap:
+            problems.append(
+                f"corpus.domains.{name}.proportion = {domain.proportion:g} lies outside mixture.floor = "
+                f"{mixture.floor:g} to mixture.cap = {mixture.cap:g}. Widen these or change the proportion."
+            )
+    return problems
+
+
+def _folder_problems(recipe: Recipe) -> tuple[list[str], Workspace | None]:
+    problems = []
+    workspace: Workspace | None = None
+    for key, uri in (("workspace", workspace_uri(recipe)), ("corpus.path", recipe.corpus.path)):
+        try:
+            store = open_store(uri)
+        except (ValueError, OSError) as error:
+            problems.append(
+                f"{key} = {uri!r} cannot be opened: {error}. Allowed: a folder, or a URI such as s3://bucket/x."
+            )
+            continue
+        if store.is_local and (problem := _unwritable(key, Path(store.path))):
+            problems.append(problem)
+            continue
+        if key == "workspace":
+            workspace = Workspace(store)
+    return problems, workspace
+
+
+def _unwritable(key: str, folder: Path) -> str | None:
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        return f"{key} = {str(folder)!r}: {there} is a file, not a folder. Set {key} to a folder."
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{key} = {str(folder)!r}: {there} cannot be written by this user. Set {key} to a folder that can."
+    return None
+
+
+def _supply_problems(recipe: Recipe, supply: Supply) -> list[str]:
+    margin = ESTIMATE_MARGIN if supply.estimated else 1.0
+    label = "an estimate from file sizes" if supply.estimated else "the prepared corpus"
+    problems = [
+        f"domain {name} has {_count(splits.get('eval', 0.0))} sequences in its eval split ({label}); at least one is "
+        "needed to measure its loss. Give it more text, set corpus.split.eval higher, or corpus.sequence_tokens lower."
+        for name, splits in supply.sequences.items()
+        if splits.get("eval", 0.0) * margin < 1
+    ]
+    return problems + _exhausted(recipe, data_use(recipe, supply), margin, label)
+
+
+def _exhausted(recipe: Recipe, uses: Iterable[DomainUse], margin: float, label: str) -> list[str]:
+    problems = []
+    for use in uses:
+        short = use.drawn > use.sequences * margin
+        if use.sequences * margin < 1:
+            higher = ", set corpus.split.prune higher" if use.phase.split == "prune" else ""
+            problems.append(
+                f"domain {use.domain} has {_count(use.sequences)} sequences in its {use.phase.split} split ({label}), "
+                f"where {use.phase.name} draws {use.drawn:,.0f}. Give it more text{higher}, or lower "
+                "corpus.sequence_tokens."
+            )
+        elif short and recipe.mixture.on_exhausted == "stop":
+            problems.append(
+                f"domain {use.domain} would run out in {use.phase.name}: {use.drawn:,.0f} sequences drawn at its prior "
+                f"proportion, {_count(use.sequences)} in its {use.phase.split} split ({label}), and "
+                "mixture.on_exhausted = stop. Set mixture.on_exhausted=next_epoch, shorten "
+                f"{use.phase.key}.steps, or give it more text."
+            )
+    return problems
+
+
+def _count(sequences: float) -> str:
+    return f"{sequences:,.0f}" if sequences >= 1 or sequences == 0 else "less than one"

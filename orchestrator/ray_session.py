@@ -1,0 +1,250 @@
+"""Ray for one run: joined where a cluster is named, embedded otherwise, and quiet unless asked."""
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from orchestrator.console import Console
+from orchestrator.recipe import Recipe
+from shearing.errors import UserError
+
+CPU_FOR_ACTORS = 2.0  # streams, mixture, run log: they mostly wait
+CPU_FOR_DATA = 2.0  # read tasks need one each, or a stream hangs for ever
+ADDRESS_VARIABLE = "RAY_ADDRESS"
+CONNECT_TIMEOUT_S = 10.0
+
+# Read by every process of the run. Ray Train polls reports at this interval, 2 s by default: each report would block
+# that long. Printing is patched by Ray Train so that each line comes twice.
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+_QUIET_ENVIRONMENT = {
+    "PYTHONWARNINGS": "ignore",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_TQDM": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@dataclass(frozen=True)
+class ClusterFindings:
+    """What only the cluster can tell: problems stop the run, warnings do not."""
+
+    problems: list[str]
+    warnings: list[str]
+
+
+def cluster_problems(recipe: Recipe, resources: dict[str, float], autoscaling: bool = False) -> ClusterFindings:
+    """Whether a cluster holds what a recipe asks. `resources` as `ray.cluster_resources()` gives them.
+
+    A cluster that grows by itself may get what it lacks, so there it is a warning.
+    """
+    engine = recipe.engine
+    found = []
+    for kind, each, knob in (
+        ("CPU", engine.cpus_per_worker, "cpus_per_worker"),
+        ("GPU", engine.gpus_per_worker, "gpus_per_worker"),
+    ):
+        there, wanted = resources.get(kind, 0.0), each * engine.workers
+        if wanted > there + 1e-9:
+            possible = math.floor(there / each + 1e-9)
+            remedy = f"Set engine.workers={possible}" if possible else f"Set engine.{knob} to at most {there:g}"
+            found.append(
+                f"engine.workers = {engine.workers} with engine.{knob} = {each:g} need {wanted:g} {kind}s; the "
+                f"cluster has {there:g}. {remedy}, or add nodes."
+            )
+        elif kind == "CPU" and wanted > there - 1 + 1e-9:
+            fitting = max(0.1, math.floor((there - 1) / engine.workers * 10) / 10)
+            found.append(
+                f"engine.workers = {engine.workers} with engine.cpus_per_worker = {each:g} take {wanted:g} of the "
+                f"cluster's {there:g} CPUs and leave less than the one that reading data needs, so training would wait "
+                f"for ever. Set engine.cpus_per_worker={fitting:g}, or add nodes."
+            )
+    return ClusterFindings([], found) if autoscaling else ClusterFindings(found, [])
+
+
+def logical_cpus(recipe: Recipe) -> int:
+    """CPUs that an embedded Ray declares: enough for the workers, the actors and reading, whatever the machine has.
+
+    They are for scheduling alone. With fewer, workers hold every CPU and the read tasks they wait for never start.
+    """
+    wanted = recipe.engine.workers * recipe.engine.cpus_per_worker + CPU_FOR_ACTORS + CPU_FOR_DATA
+    return max(os.cpu_count() or 1, math.ceil(wanted))
+
+
+class RaySession:
+    """Ray, started when the first stage asks for it and ended with the run if it was embedded.
+
+    Args:
+        recipe: What the cluster has to hold.
+        verbose: Let Ray's and the workers' own output through.
+        dashboard: Serve Ray's dashboard where Ray is embedded (a cluster has its own).
+    """
+
+    def __init__(self, recipe: Recipe, verbose: bool = False, dashboard: bool = False) -> None:
+        self.recipe, self.verbose, self.dashboard = recipe, verbose, dashboard
+        self.is_embedded = os.environ.get(ADDRESS_VARIABLE, "local") in ("", "local")
+        self._started = False
+
+    def __enter__(self) -> "RaySession":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._started:
+            import ray
+
+            ray.shutdown()
+            self._started = False
+
+    def start(self, console: Console) -> None:
+        """Have Ray running; does nothing the second time. Raises UserError where the cluster cannot hold the recipe."""
+        if self._started:
+            return
+        environment = ENVIRONMENT | ({} if self.verbose else _QUIET_ENVIRONMENT)
+        for name, value in environment.items():
+            os.environ.setdefault(name, value)
+        with _own_handlers():
+            self._init(environment, console)
+        self._started = True
+        self._check(console)
+
+    def _init(self, environment: dict[str, str], console: Console) -> None:
+        import ray
+
+        if not self.verbose:
+            warnings.filterwarnings("ignore", module=r"ray\..*")
+            for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+                logging.getLogger(name).setLevel(logging.ERROR)
+        options: dict[str, Any] = {
+            "log_to_driver": self.verbose,
+            "logging_level": logging.INFO if self.verbose else logging.ERROR,
+            "configure_logging": True,
+            "runtime_env": {"env_vars": {name: os.environ[name] for name in environment}},
+        }
+        if self.is_embedded:
+            # "local" and nothing else: a file left by another cluster on this machine must not be followed.
+            console.detail("starting Ray in this process")
+            options |= {"address": "local", "num_cpus": logical_cpus(self.recipe), "include_dashboard": self.dashboard}
+            context = ray.init(**options)
+            if self.dashboard and context.dashboard_url:
+                console.note(f"Ray's dashboard: http://{context.dashboard_url}")
+        else:
+            address = os.environ[ADDRESS_VARIABLE]
+            console.note(f"joining the Ray cluster at {address}")
+            _check_address(address)
+            try:
+                ray.init(address=address, **options)
+            except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+                raise UserError(_cannot_join(address, error)) from error
+        _quiet_data(self.verbose)
+
+    def _check(self, console: Console) -> None:
+        import ray
+
+        findings = cluster_problems(self.recipe, ray.cluster_resources(), _is_autoscaling())
+        for warning in [*findings.warnings, *_folder_warnings(self.recipe, self.is_embedded, len(ray.nodes()))]:
+            console.warn(warning)
+        if findings.problems:
+            raise UserError(findings.problems)
+
+
+def _check_address(address: str) -> None:
+    """Raise UserError at once where nobody listens: Ray itself would try for minutes."""
+    if "://" in address:
+        what = "Ray Client's" if address.startswith("ray://") else "the dashboard's"
+        raise UserError(
+            f"{ADDRESS_VARIABLE} = {address!r} is {what} address, which no training can be driven through. Submit the "
+            "run with `ray job submit --working-dir . -- python pipelines/shear.py ...`, or set it to the HOST:PORT "
+            "that `ray start --head` printed (port 6379 unless changed)."
+        )
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise UserError(_cannot_join(address, error)) from None
+
+
+def _cannot_join(address: str, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"{ADDRESS_VARIABLE} = {address!r}: no Ray cluster could be joined there ({first_line}). Allowed: `auto`, or "
+        "HOST:PORT with the port of `ray start --head` (6379 unless changed), not the dashboard's 8265. If the cluster "
+        "runs, its token may differ: RAY_AUTH_MODE and the token have to be the same on all nodes and here. Unset "
+        f"{ADDRESS_VARIABLE} to run on this machine alone."
+    )
+
+
+def _quiet_data(verbose: bool) -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = verbose
+    context.print_on_execution_start = verbose
+    context.execution_no_progress_timeout_s = -1  # a rarely drawn domain's stream waits for long without being stuck
+
+
+def _is_autoscaling() -> bool:
+    """Whether the cluster joined grows by itself."""
+    import ray
+
+    with contextlib.suppress(Exception):  # an unsettled corner of Ray; not to know is to check strictly
+        from ray.autoscaler.v2.sdk import get_cluster_status
+
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        nodes = [*status.active_nodes, *status.idle_nodes]
+        # Without an autoscaler each node is a type of its own, named after its id.
+        return any(not node.ray_node_type_name.startswith("node_") for node in nodes)
+    return False
+
+
+@contextlib.contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Keep the handler of SIGTERM: `ray.init` puts one in its place that exits without a word."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _folder_warnings(recipe: Recipe, is_embedded: bool, nodes: int) -> list[str]:
+    if is_embedded:
+        return []
+    found = []
+    for key, uri in (("workspace", recipe.workspace or f"runs/{recipe.name}"), ("corpus.path", recipe.corpus.path)):
+        if "://" in uri:
+            continue
+        inside = os.path.abspath(uri)
+        if inside.startswith(os.path.join(tempfile.gettempdir(), "ray")):
+            found.append(
+                f"{key} = {uri!r} lies in the job's own copy of the working directory, which Ray removes in time; "
+                " give an absolute path or a URI to keep it and to go on later."
+            )
+        elif nodes > 1:
+            found.append(
+                f"{key} = {uri!r} is a local path on a cluster of {nodes} nodes: every node has to see it under one "
+                "name (a shared filesystem), or use a URI such as s3://bucket/runs."
+            )
+    return found

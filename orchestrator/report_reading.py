@@ -1,0 +1,149 @@
+"""Reads everything a run left in its workspace, and bears that parts of it are missing."""
+
+import importlib.metadata
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from shearing.data.manifest import Manifest, load_manifest
+from shearing.storage import Store, open_store
+
+PHASES = ("source", "pruning", "recovery", "scratch")
+STAGES = ("corpus", "source", "references", "pruning", "extraction", "recovery", "scratch", "scores", "report")
+PACKAGES = ("ray", "torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy", "safetensors")
+INTERRUPTIONS = ("resumed", "restarted")
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """The metrics of one phase: the last row of each step and kind, and every event."""
+
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    repeated_steps: int
+    unreadable_lines: int
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A workspace as read. What is missing is empty."""
+
+    recipe: dict[str, Any]
+    recipe_text: str
+    stages: dict[str, dict[str, Any]]
+    phases: dict[str, PhaseRecord]
+    mixture: dict[str, list[dict[str, Any]]]
+    versions: dict[str, str]
+    manifest: Manifest | None
+    manifest_problem: str = ""
+    domains: list[str] = field(default_factory=list)
+
+    def outputs(self, stage: str) -> dict[str, Any]:
+        """What a finished stage put out; empty where it did not finish."""
+        mark = self.stages.get(stage, {})
+        return dict(mark.get("outputs") or {}) if mark.get("finished") else {}
+
+
+def read_run(workspace: Store) -> RunRecord:
+    """Everything in a workspace that a report speaks of."""
+    recipe_text = workspace.read_bytes("recipe.yaml").decode() if workspace.exists("recipe.yaml") else ""
+    recipe = yaml.safe_load(recipe_text) or {}
+    stages = {name: workspace.read_json(f"stages/{name}.json") for name in _names(workspace, "stages", ".json")}
+    phases = {
+        phase: read_phase(workspace.read_bytes(f"metrics/{phase}.jsonl"))
+        for phase in PHASES
+        if workspace.exists(f"metrics/{phase}.jsonl")
+    }
+    mixture = {phase: _mixture(workspace, phase) for phase in PHASES}
+    manifest, problem = _manifest(stages)
+    domains = list((recipe.get("corpus") or {}).get("domains") or (manifest.domains if manifest else {}))
+    return RunRecord(
+        recipe=recipe,
+        recipe_text=recipe_text,
+        stages=stages,
+        phases=phases,
+        mixture={phase: versions for phase, versions in mixture.items() if versions},
+        versions=workspace.read_json("versions.json") if workspace.exists("versions.json") else _installed(),
+        manifest=manifest,
+        manifest_problem=problem,
+        domains=domains,
+    )
+
+
+def read_phase(data: bytes) -> PhaseRecord:
+    """Metrics of one phase from JSON lines. A killed writer's half line is counted and left out."""
+    last: dict[tuple[str, int], dict[str, Any]] = {}
+    events: dict[Any, dict[str, Any]] = {}
+    seen = unreadable = 0
+    for number, row in enumerate(_rows(data)):
+        if row is None:
+            unreadable += 1
+        elif row["kind"] == "event":
+            # what happened to the run is history; what a repeated step says again happened once
+            happened = number if row.get("event") in INTERRUPTIONS else (row["step"], row.get("event"), row.get("text"))
+            events[happened] = row
+        else:
+            seen += row["kind"] == "step"
+            last[row["kind"], row["step"]] = row
+    steps = sorted((row for (kind, _), row in last.items() if kind == "step"), key=_step)
+    evaluations = sorted((row for (kind, _), row in last.items() if kind == "evaluation"), key=_step)
+    return PhaseRecord(steps, evaluations, sorted(events.values(), key=_step), seen - len(steps), unreadable)
+
+
+def without_nan(value: Any) -> Any:
+    """The same value with None for numbers that JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return value
+
+
+def _step(row: dict[str, Any]) -> int:
+    return int(row["step"])
+
+
+def _rows(data: bytes) -> Iterator[dict[str, Any] | None]:
+    for line in data.splitlines():
+        if line.strip():
+            try:
+                row = json.loads(line)
+                yield row if {"kind", "step"} <= row.keys() else None
+            except (ValueError, AttributeError):
+                yield None
+
+
+def _names(workspace: Store, folder: str, suffix: str) -> list[str]:
+    return [name.removesuffix(suffix) for name in workspace.list(folder) if name.endswith(suffix)]
+
+
+def _mixture(workspace: Store, phase: str) -> list[dict[str, Any]]:
+    names = _names(workspace, f"mixture/{phase}", ".json")
+    return [workspace.read_json(f"mixture/{phase}/{name}.json") for name in names]
+
+
+def _manifest(stages: dict[str, dict[str, Any]]) -> tuple[Manifest | None, str]:
+    path = (stages.get("corpus", {}).get("outputs") or {}).get("path")
+    if path is None:
+        return None, "the corpus was not prepared in this run"
+    try:
+        return load_manifest(open_store(path)), ""
+    except (OSError, ValueError) as error:
+        return None, f"the corpus at {path} cannot be read from here ({error})"
+
+
+def _installed() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

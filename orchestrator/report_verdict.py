@@ -1,0 +1,261 @@
+"""What a run proved, in plain words: facts with a level each, and one sentence over them.
+
+Levels: `good` holds; `warn` worth a look; `bad` do not trust the result as it is; `info` a figure without judgement;
+`open` not known yet.
+"""
+
+from typing import Any
+
+from orchestrator.report_text import compact, nats, percent, signed_nats, times
+
+Fact = dict[str, Any]
+SMALL_GAP_NATS = 0.05  # a learned mask and its exact target further apart than this were not yet decided
+WAITING_SHARE = 0.01
+TAKEN_OVER = 0.6
+
+
+def verdict(report: dict[str, Any]) -> dict[str, Any]:
+    """Headline, summary and facts of a report's contents."""
+    facts = [fact for judge in JUDGES for fact in judge(report)]
+    levels = {fact["level"] for fact in facts}
+    unfinished = [
+        stage["stage"] for stage in report["stages"] if stage["state"] != "finished" and _asked(report, stage)
+    ]
+    bad = [fact["title"] for fact in facts if fact["level"] == "bad"]
+    warned = [fact["title"] for fact in facts if fact["level"] == "warn"]
+    if bad:
+        level, headline = "bad", f"Do not rely on this model yet: {_listed(bad)}."
+    elif unfinished:
+        level, headline = "open", f"The run is not complete: {_listed(unfinished)} not finished."
+    elif warned:
+        level, headline = "warn", f"The model is sound, with something to look at: {_listed(warned)}."
+    else:
+        level, headline = "good", "The model has the shape that was asked for, and every check passed."
+    return {"level": level, "headline": headline, "summary": _summary(report), "facts": facts, "levels": sorted(levels)}
+
+
+def _fact(key: str, level: str, title: str, value: str, why: str) -> Fact:
+    return {"key": key, "level": level, "title": title, "value": value, "why": why}
+
+
+def _asked(report: dict[str, Any], stage: dict[str, Any]) -> bool:
+    """Whether the recipe asks for a stage at all."""
+    recipe = report["recipe"]
+    optional = {"source": bool((recipe.get("source") or {}).get("train")), "scratch": recipe.get("scratch") is not None}
+    return optional.get(stage["stage"], True)
+
+
+def _listed(names: list[str]) -> str:
+    lowered = [name[:1].lower() + name[1:] for name in names]
+    return lowered[0] if len(lowered) == 1 else ", ".join(lowered[:-1]) + " and " + lowered[-1]
+
+
+def _mean_loss(report: dict[str, Any], model: str) -> float | None:
+    entry = ((report["scores"] or {}).get("models") or {}).get(model) or {}
+    return entry.get("mean_loss")
+
+
+def _summary(report: dict[str, Any]) -> str:
+    parts = []
+    counts = (report["shapes"] or {}).get("parameters") or {}
+    if counts.get("source") and counts.get("target"):
+        share = percent(counts["target"] / counts["source"], 0)
+        parts.append(f"Of {compact(counts['source'])} parameters, {compact(counts['target'])} were kept ({share}).")
+    source, recovered = _mean_loss(report, "source"), _mean_loss(report, "recovered")
+    if source is not None and recovered is not None:
+        text = f"On held-out text the result has a loss of {nats(recovered)} nats a token, the source of {nats(source)}"
+        scratch = _mean_loss(report, "scratch")
+        if scratch is not None:
+            text += f", a model of the same small shape trained from nothing on as many tokens of {nats(scratch)}"
+        parts.append(text + ". Lower is better.")
+    tokens = {phase: part["summary"].get("tokens") for phase, part in report["phases"].items()}
+    for phase, words in (("pruning", "Mask learning took"), ("recovery", "Continued pretraining took")):
+        if tokens.get(phase):
+            parts.append(f"{words} {compact(tokens[phase])} tokens.")
+    return " ".join(parts)
+
+
+def _target(report: dict[str, Any]) -> list[Fact]:
+    title = "The masks reached the target shape"
+    extraction = report["extraction"]
+    if not extraction:
+        return [_fact("target", "open", title, "not run", "Extraction has not run, so nothing is known yet.")]
+    gaps = {group: max(map(abs, rows)) for group, rows in (extraction.get("gaps") or {}).items() if rows}
+    worst = max(gaps, key=lambda group: gaps[group]) if gaps else None
+    value = f"largest gap {gaps[worst]:.3f} ({worst})" if worst else "no gap reported"
+    if extraction.get("converged"):
+        return [_fact("target", "good", title, value, "Extraction then only removes what training had closed already.")]
+    why = (
+        "Extraction cut units that training still used: the pruned model is worse than what was trained. Learn longer."
+    )
+    missed = extraction.get("missed") or []
+    value = "; ".join(map(str, missed[:3])) or value
+    return [_fact("target", "bad", "The masks did not reach the target shape", value, why)]
+
+
+def _proof(report: dict[str, Any]) -> list[Fact]:
+    extraction = report["extraction"]
+    if not extraction:
+        return []
+    difference, tolerance = extraction.get("largest_difference"), extraction.get("agreement_tolerance")
+    value = f"largest difference {_small(difference)}, allowed {_small(tolerance)}"
+    why = "The masked model, the extracted one and the one read back from disk by stock software compute the same."
+    facts = [_fact("proof", "good", "The saved model is the trained one", value, why)]
+    if not extraction.get("agrees"):
+        why = "Masked, extracted and reloaded model should compute the same and do not: do not use the files."
+        facts = [_fact("proof", "bad", "The saved model differs from the trained one", value, why)]
+    proof = extraction.get("proof") or {}
+    learned, exact = ((proof.get(key) or {}).get("mean") for key in ("learned", "exact_target"))
+    if learned is not None and exact is not None:
+        gap = exact - learned
+        level = "good" if gap <= SMALL_GAP_NATS else "warn"
+        title = "Rounding the masks cost little" if level == "good" else "Rounding the masks cost much"
+        why = f"Loss at the exact target shape minus loss with the masks as learned; up to {SMALL_GAP_NATS} is small."
+        facts.append(_fact("rounding", level, title, f"{signed_nats(gap)} nats a token", why))
+    return facts
+
+
+def _recovery(report: dict[str, Any]) -> list[Fact]:
+    source, pruned, recovered, scratch = (
+        _mean_loss(report, model) for model in ("source", "pruned", "recovered", "scratch")
+    )
+    if recovered is None:
+        return [_fact("recovery", "open", "Quality of the result", "not scored", "The stage scores has not run.")]
+    facts = []
+    if pruned is not None and source is not None:
+        healed = recovered < pruned
+        share = (pruned - recovered) / (pruned - source) if pruned > source else None
+        value = f"{nats(pruned)} to {nats(recovered)} nats a token"
+        why = f"Continued training undid {percent(share, 0)} of what pruning cost. " if share is not None else ""
+        why += (
+            f"The source stands at {nats(source)}; the rest, {signed_nats(recovered - source)}, is the price of size."
+        )
+        title = "Continued training healed the model" if healed else "Continued training did not help"
+        facts.append(_fact("recovery", "good" if healed else "bad", title, value, why))
+    if scratch is not None:
+        better = recovered < scratch
+        title = "Pruning beat training from nothing" if better else "Training from nothing did as well or better"
+        why = "Same shape, same number of tokens, no source model. " + (
+            "The difference is what pruning inherited from the source."
+            if better
+            else "At this budget pruning bought nothing; check learning rates and length."
+        )
+        facts.append(
+            _fact(
+                "scratch", "good" if better else "warn", title, f"{signed_nats(recovered - scratch)} nats a token", why
+            )
+        )
+    return facts
+
+
+def _data(report: dict[str, Any]) -> list[Fact]:
+    facts = []
+    phases = {phase: part for phase, part in report["phases"].items() if part["summary"]["steps"]}
+    wrong = {
+        p: s
+        for p, part in phases.items()
+        if (s := part["summary"]["steps_unaccounted"] + part["summary"]["gaps_in_steps"])
+    }
+    if phases:
+        why = "At every step the sequences drawn add up to the tokens trained on, and no count ever goes back."
+        value = f"{sum(part['summary']['steps'] for part in phases.values()):,} steps checked"
+        fact = _fact("accounting", "good", "Every training token is accounted for", value, why)
+        if wrong:
+            value = ", ".join(f"{p}: {count} of {phases[p]['summary']['steps']:,} steps" for p, count in wrong.items())
+            why = "The sequences drawn do not add up to the tokens trained on: data was lost, repeated or not recorded."
+            fact = _fact("accounting", "bad", "Training tokens are not all accounted for", value, why)
+        facts.append(fact)
+    repeated = {
+        (phase, domain): use["epochs"]
+        for phase, part in phases.items()
+        for domain, use in part["data_use"].items()
+        if (use["epochs"] or 0) > 1
+    }
+    known = any(use["epochs"] is not None for part in phases.values() for use in part["data_use"].values())
+    if repeated:
+        (phase, domain), most = max(repeated.items(), key=lambda item: item[1])
+        why = f"{len(repeated)} streams ran out and began again; a training loss on text seen before flatters."
+        facts.append(
+            _fact("epochs", "warn", "Some text was read more than once", f"{domain} in {phase}: {times(most)}", why)
+        )
+    elif known:
+        most = max(use["epochs"] or 0 for part in phases.values() for use in part["data_use"].values())
+        why = "No domain ran out, so within a phase every training loss was measured on text not seen before."
+        facts.append(
+            _fact("epochs", "good", "No text was read twice in a phase", f"at most {percent(most, 0)} of a domain", why)
+        )
+    return facts
+
+
+def _losses(report: dict[str, Any]) -> list[Fact]:
+    bad = {p: n for p, part in report["phases"].items() if (n := part["summary"].get("steps_with_bad_loss"))}
+    if not bad:
+        return []
+    phases = report["phases"]
+    value = ", ".join(f"{p}: {count} of {phases[p]['summary']['steps']:,} steps" for p, count in bad.items())
+    return [
+        _fact("finite", "bad", "Some losses were not numbers", value, "Training broke down; lower the learning rate.")
+    ]
+
+
+def _mixture(report: dict[str, Any]) -> list[Fact]:
+    for phase in ("recovery", "pruning"):
+        proportions = (report["phases"].get(phase) or {}).get("proportions") or {}
+        last = {d: series[-1] for d, series in proportions.items() if series and series[-1] is not None}
+        prior = report["prior"]
+        if not last or any(prior.get(d) is None for d in last):
+            continue
+        moved = max(last, key=lambda d: abs(last[d] - prior[d]))
+        value = f"{moved}: {percent(prior[moved])} to {percent(last[moved])}"
+        if last[moved] > TAKEN_OVER and last[moved] > 2 * prior[moved]:
+            why = "One domain takes most of the data. Look at its reference loss, or set mixture.cap or prior_pull."
+            return [_fact("mixture", "warn", "One domain took over the mixture", value, why)]
+        why = f"Largest change of a proportion over {phase}; domains further above their reference loss get more data."
+        return [_fact("mixture", "info", "How far the mixture moved", value, why)]
+    return []
+
+
+def _run(report: dict[str, Any]) -> list[Fact]:
+    facts = []
+    interrupted = {p: n for p, part in report["phases"].items() if (n := part["summary"].get("interruptions"))}
+    if interrupted:
+        repeated = sum(part["summary"].get("repeated_steps", 0) for part in report["phases"].values())
+        value = ", ".join(f"{phase}: {count}" for phase, count in interrupted.items())
+        why = f"The run went on from its checkpoints; {repeated:,} steps were done again and count once here."
+        facts.append(_fact("interruptions", "info", "Interruptions survived", value, why))
+    waits = {p: s for p, part in report["phases"].items() if (s := part["summary"].get("data_wait_share")) is not None}
+    if waits:
+        phase = max(waits, key=lambda p: waits[p])
+        level = "good" if waits[phase] <= WAITING_SHARE else "warn"
+        title = "Training did not wait for data" if level == "good" else "Training waited for data"
+        why = f"Largest share of step time spent waiting (in {phase}); up to {percent(WAITING_SHARE, 0)} is fine."
+        facts.append(_fact("waiting", level, title, percent(waits[phase], 2), why))
+    provenance = report["provenance"]
+    if not provenance["problem"]:
+        lines, malformed = provenance["lines"], provenance["malformed_lines"]
+        why = "Lines of raw text that could not be read and were left out; files and lines are listed under provenance."
+        level = "good" if not malformed else "info"
+        facts.append(_fact("malformed", level, "Malformed lines skipped", f"{malformed:,} of {lines:,}", why))
+    return facts
+
+
+def _speed(report: dict[str, Any]) -> list[Fact]:
+    models = (report["scores"] or {}).get("models") or {}
+    source, result = models.get("source") or {}, models.get("recovered") or models.get("pruned") or {}
+    if not (source.get("decode_tokens_per_s") and result.get("decode_tokens_per_s")):
+        return []
+    decode = result["decode_tokens_per_s"] / source["decode_tokens_per_s"]
+    prefill = result["prefill_tokens_per_s"] / source["prefill_tokens_per_s"]
+    value = f"prefill {times(prefill)}, decoding {times(decode)}"
+    level = "good" if min(prefill, decode) > 1 else "warn"
+    title = "The result is faster than the source" if level == "good" else "The result is not faster throughout"
+    return [
+        _fact("speed", level, title, value, "Tokens a second against the source, measured in turns in one process.")
+    ]
+
+
+def _small(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1e}"
+
+
+JUDGES = (_target, _proof, _recovery, _data, _losses, _speed, _mixture, _run)

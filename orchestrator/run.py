@@ -1,0 +1,49 @@
+"""One run from its recipe to its report: the list of stages, and the loop over them."""
+
+from orchestrator.console import Console
+from orchestrator.ray_session import RaySession
+from orchestrator.recipe import Recipe
+from orchestrator.stage import Context, Stage, recipe_conflicts, run_stage
+from orchestrator.stages import (
+    CORPUS,
+    EXTRACTION,
+    PRUNING,
+    RECOVERY,
+    REFERENCES,
+    REPORT,
+    SCORES,
+    SCRATCH,
+    SOURCE,
+)
+from orchestrator.workspace import open_workspace
+from orchestrator.workspace_lock import lock_workspace
+from shearing.errors import UserError
+
+STAGES = (CORPUS, SOURCE, REFERENCES, PRUNING, EXTRACTION, RECOVERY, SCRATCH, SCORES, REPORT)
+
+
+def stages_of(recipe: Recipe) -> list[Stage]:
+    """The stages that a recipe asks for, in order."""
+    left_out = {"scratch"} if recipe.scratch is None else set()
+    return [stage for stage in STAGES if stage.name not in left_out]
+
+
+def run_recipe(recipe: Recipe, console: Console, session: RaySession) -> Context:
+    """Bring every stage of a recipe to its end; finished ones are skipped. Returns the context with all outputs.
+
+    Raises UserError for what the user can mend, Ray's and the stages' own errors otherwise. Running again after any
+    stop goes on where it stopped.
+    """
+    workspace = open_workspace(recipe)
+    with lock_workspace(workspace.store), session:
+        context = Context(recipe, workspace, console, session)
+        stages = stages_of(recipe)
+        if conflicts := recipe_conflicts(stages, recipe, workspace):
+            raise UserError(conflicts)
+        workspace.record(recipe)
+        for number, stage in enumerate(stages, start=1):
+            console.stage(stage.name, number, len(stages), stage.title)
+            mark = run_stage(stage, context)
+            context.outputs[stage.name] = mark.outputs
+            context.fingerprints[stage.name] = mark.fingerprint
+        return context

@@ -1,0 +1,199 @@
+"""What a source model's folder says about it, read without torch or transformers."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.recipe import Recipe, SourceTrainingConfig
+from shearing.errors import UserError
+from shearing.models.family import Family, family_of, shape_of, vocabulary_of
+from shearing.models.shape import Shape
+from shearing.pruning.target import check_target, target_shape
+
+_OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass
+class SourceFacts:
+    """The source model as far as it can be known before the run. Fields are None where a problem hides them."""
+
+    problems: list[str] = field(default_factory=list)
+    config: dict[str, Any] | None = None
+    family: Family | None = None
+    shape: Shape | None = None
+    target: Shape | None = None
+    tokenizer_vocabulary: int | None = None
+
+
+def trained_source_config(train: SourceTrainingConfig, sequence_tokens: int) -> dict[str, Any]:
+    """The config.json of a source model that the run trains itself: llama's, heads of the recipe's size."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": train.tokenizer.vocab_size,
+        "hidden_size": train.shape.hidden_size,
+        "intermediate_size": train.shape.intermediate_size,
+        "num_hidden_layers": train.shape.num_layers,
+        "num_attention_heads": train.shape.num_heads,
+        "num_key_value_heads": train.shape.num_kv_heads,
+        "head_dim": train.shape.head_size,
+        "max_position_embeddings": sequence_tokens,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+    }
+
+
+def inspect_source(recipe: Recipe) -> SourceFacts:
+    """The source model's config, shape and tokenizer, the target within it, and every problem with them."""
+    facts = SourceFacts()
+    source = recipe.source
+    if (source.model is None) == (source.train is None):
+        given = "neither" if source.model is None else "both"
+        facts.problems.append(
+            f"source.model and source.train: {given} given; a run starts from exactly one. Set source.model to a "
+            "Hugging Face directory, or source.train to a model trained here (source.model=null takes the other out)."
+        )
+        return facts
+    if source.train is not None:
+        facts.config = trained_source_config(source.train, recipe.corpus.sequence_tokens)
+        facts.tokenizer_vocabulary = source.train.tokenizer.vocab_size
+        facts.problems += _trained_shape_problems(source.train)
+    elif source.model is not None:
+        _read_directory(facts, Path(source.model).expanduser(), recipe.corpus.boundary_token)
+    if facts.config is not None:
+        _read_config(facts, recipe)
+    return facts
+
+
+def _trained_shape_problems(train: SourceTrainingConfig) -> list[str]:
+    shape, problems = train.shape, []
+    if shape.num_heads % shape.num_kv_heads:
+        allowed = [count for count in range(1, shape.num_heads + 1) if shape.num_heads % count == 0]
+        problems.append(
+            f"source.train.shape.num_kv_heads = {shape.num_kv_heads} does not divide num_heads = {shape.num_heads}; "
+            f"allowed: {', '.join(map(str, allowed))}."
+        )
+    if shape.hidden_size % shape.num_heads:
+        problems.append(
+            f"source.train.shape.hidden_size = {shape.hidden_size} is not a multiple of num_heads = {shape.num_heads}, "
+            f"which Hugging Face's LlamaForCausalLM needs; set source.train.shape.hidden_size="
+            f"{max(1, shape.hidden_size // shape.num_heads) * shape.num_heads}."
+        )
+    if shape.head_size % 2:
+        problems.append(
+            f"source.train.shape.head_size = {shape.head_size} is odd; rotary positions turn pairs of dimensions. "
+            f"Set source.train.shape.head_size={shape.head_size + 1}."
+        )
+    return problems
+
+
+def _read_directory(facts: SourceFacts, folder: Path, boundary_token: str) -> None:
+    if not folder.is_dir():
+        facts.problems.append(
+            f"source.model = {str(folder)!r} is no directory (looked from {Path.cwd()}); download the model first "
+            "(`hf download ORGANISATION/NAME --local-dir DIR`) and name that directory."
+        )
+        return
+    facts.problems += _weight_problems(folder)
+    try:
+        facts.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        facts.problems.append(f"source.model = {str(folder)!r} holds no config.json: not a Hugging Face directory.")
+    except ValueError as error:
+        facts.problems.append(f"{folder / 'config.json'} is not readable as JSON: {error}")
+    _read_tokenizer(facts, folder, boundary_token)
+
+
+def _weight_problems(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        return [
+            f"source.model = {str(folder)!r} lacks {len(missing)} of {len(shards)} weight files that its index names "
+            f"({', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}); download them again."
+        ] * bool(missing)
+    if (folder / "model.safetensors").is_file():
+        return []
+    if any((folder / name).is_file() for name in _OLD_WEIGHTS):
+        return [
+            f"source.model = {str(folder)!r} holds its weights as pickles (.bin) only, which can run code when read "
+            "and are never loaded here; convert them to safetensors (model.save_pretrained writes these) and name that "
+            "directory."
+        ]
+    return [f"source.model = {str(folder)!r} holds no model.safetensors and no index of several: no weights."]
+
+
+def _read_tokenizer(facts: SourceFacts, folder: Path, boundary_token: str) -> None:
+    """The tokenizer's vocabulary and boundary token, from its files."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        if not (folder / "tokenizer.model").is_file():
+            facts.problems.append(
+                f"source.model = {str(folder)!r} holds neither tokenizer.json nor tokenizer.model; copy its tokenizer "
+                "there."
+            )
+        return
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    # A unigram model lists [piece, score] pairs by id; the others map piece -> id.
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {pair[0]: i for i, pair in enumerate(vocabulary)}
+    ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    facts.tokenizer_vocabulary = max(ids.values(), default=-1) + 1
+    token = _special_token(folder, f"{boundary_token}_token")
+    if token is None:
+        other = {"eos": "bos", "bos": "eos"}[boundary_token]
+        facts.problems.append(
+            f"corpus.boundary_token = {boundary_token}, but the tokenizer in {folder} names no {boundary_token}_token, "
+            f"which stands between documents. Set corpus.boundary_token={other} if it has that, or add one to its "
+            "tokenizer_config.json."
+        )
+    elif token not in ids:
+        facts.problems.append(
+            f"the {boundary_token}_token {token!r} of the tokenizer in {folder} is not in its vocabulary; correct its "
+            "tokenizer_config.json."
+        )
+
+
+def _special_token(folder: Path, name: str) -> str | None:
+    for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        if file.is_file():
+            value = json.loads(file.read_text(encoding="utf-8")).get(name)
+            if value is not None:
+                return str(value["content"]) if isinstance(value, dict) else str(value)
+    return None
+
+
+def _read_config(facts: SourceFacts, recipe: Recipe) -> None:
+    assert facts.config is not None
+    config = facts.config
+    try:
+        facts.family, facts.shape = family_of(config), shape_of(config)
+    except UserError as error:
+        facts.problems += error.problems
+        return
+    rows = vocabulary_of(config)
+    if facts.tokenizer_vocabulary is not None and facts.tokenizer_vocabulary > rows:
+        facts.problems.append(
+            f"the tokenizer of the source model has ids up to {facts.tokenizer_vocabulary - 1:,}, but its embedding "
+            f"holds {rows:,} rows (vocab_size in config.json); use the tokenizer that the model was trained with."
+        )
+    positions = config.get("max_position_embeddings")
+    if positions is not None and recipe.corpus.sequence_tokens > positions:
+        facts.problems.append(
+            f"corpus.sequence_tokens = {recipe.corpus.sequence_tokens:,} is longer than the source model reads "
+            f"(max_position_embeddings = {positions:,}). Set corpus.sequence_tokens={positions}."
+        )
+    scored = recipe.scores.prompt_tokens + recipe.scores.decode_tokens
+    if positions is not None and scored > positions:
+        facts.problems.append(
+            f"scores.prompt_tokens = {recipe.scores.prompt_tokens:,} and scores.decode_tokens = "
+            f"{recipe.scores.decode_tokens:,} need {scored:,} positions; the source model has {positions:,}. "
+            f"Set scores.prompt_tokens={max(1, positions - recipe.scores.decode_tokens)} or lower."
+        )
+    pruning = recipe.pruning
+    wrong = check_target(facts.family, facts.shape, pruning.target, pruning.gates.groups)
+    facts.problems += wrong
+    if not wrong:
+        facts.target = target_shape(facts.shape, pruning.target)

@@ -1,0 +1,164 @@
+"""One stage of a run: what it rests on, what it does, and when it is done."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.console import Console, format_duration
+from orchestrator.recipe import Recipe
+from orchestrator.workspace import Mark, Workspace, fingerprint
+from shearing.data.manifest import Manifest, load_manifest
+from shearing.errors import UserError
+from shearing.storage import Store, open_store
+
+if TYPE_CHECKING:
+    from orchestrator.ray_session import RaySession
+
+# Keys that may change between two runs in one workspace: they say where and how fast, not what comes out.
+FREE_KEYS = (
+    "corpus.path", "corpus.root", "corpus.malformed_limit", "*.checkpoint_every_steps",
+    "mixture.on_exhausted", "engine.workers", "engine.cpus_per_worker", "engine.gpus_per_worker", "engine.zero_stage",
+    "engine.micro_batch_sequences", "engine.activation_checkpointing", "engine.max_failures",
+)  # fmt: skip
+
+
+@dataclass
+class Context:
+    """What a stage is given: the recipe, the run's folder, Ray, and what earlier stages put out."""
+
+    recipe: Recipe
+    workspace: Workspace
+    console: Console
+    session: "RaySession"
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    def corpus(self) -> tuple[Store, Manifest]:
+        """The prepared corpus, once the stage `corpus` is done."""
+        store = open_store(self.outputs["corpus"]["path"])
+        return store, load_manifest(store)
+
+
+def _always(_context: Context, _outputs: dict[str, Any]) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as data.
+
+    Args:
+        name: As in marks and metrics.
+        title: What it does, for a person.
+        keys: The recipe's sections and keys that shape what it puts out.
+        after: Earlier stages that it rests on; those a recipe leaves out do not count.
+        run: Does the work and returns the outputs (JSON values).
+        is_whole: Whether what a finished mark promises is still there.
+        resumes: It keeps work in progress that only the same inputs may continue.
+        needs_ray: Ray is started before it runs.
+    """
+
+    name: str
+    title: str
+    keys: tuple[str, ...]
+    after: tuple[str, ...]
+    run: Callable[[Context], dict[str, Any]]
+    is_whole: Callable[[Context, dict[str, Any]], bool] = _always
+    resumes: bool = False
+    needs_ray: bool = True
+
+    def recipe_inputs(self, recipe: Recipe) -> dict[str, Any]:
+        """Key path -> value of all in the recipe that shapes this stage's outputs."""
+        return {key: value for key, value in flat_keys(recipe) if _under(key, self.keys) and not is_free(key)}
+
+    def rests_on(self, context: Context) -> dict[str, dict[str, Any]]:
+        """All that goes in: recipe keys, and fingerprints of earlier stages."""
+        earlier = {name: context.fingerprints[name] for name in self.after if name in context.fingerprints}
+        return {"recipe": self.recipe_inputs(context.recipe), "stages": earlier}
+
+
+def flat_keys(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Every key path of a recipe with its value; lists are values."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for name, inner in value.items():
+                yield from walk(f"{prefix}.{name}" if prefix else name, inner)
+        else:
+            yield prefix, value
+
+    yield from walk("", recipe.model_dump(mode="json"))
+
+
+def is_free(key: str) -> bool:
+    """Whether a key may change between two runs in one workspace."""
+    return any(fnmatch(key, pattern) for pattern in FREE_KEYS)
+
+
+def changed_inputs(mark: Mark, rests_on: dict[str, dict[str, Any]]) -> list[str]:
+    """What differs between a mark and what a stage rests on now, a line each: `key: old -> new`."""
+    lines = []
+    for kind, label in (("recipe", ""), ("stages", "outputs of stage ")):
+        old, new = mark.rests_on.get(kind, {}), rests_on.get(kind, {})
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                lines.append(f"{label}{key}: {_shown(old, key)} -> {_shown(new, key)}")
+    return lines
+
+
+def run_stage(stage: Stage, context: Context) -> Mark:
+    """Bring one stage to its end, or skip it where it is finished on the same inputs.
+
+    Raises UserError where work in progress rests on other inputs.
+    """
+    rests_on = stage.rests_on(context)
+    mark = context.workspace.mark(stage.name)
+    if mark is not None and mark.inputs == fingerprint(rests_on):
+        if mark.finished is not None and stage.is_whole(context, mark.outputs):
+            when = datetime.fromtimestamp(mark.finished).strftime("%Y-%m-%d %H:%M")
+            context.console.note(f"finished already ({when}, took {format_duration(mark.seconds or 0)}): skipped")
+            return mark
+    elif mark is not None and stage.resumes:
+        raise UserError(other_inputs(stage, context.workspace, changed_inputs(mark, rests_on)))
+    mark = context.workspace.begin(stage.name, rests_on)
+    if stage.needs_ray:
+        context.session.start(context.console)
+    started = time.monotonic()
+    try:
+        outputs = stage.run(context)
+    except BaseException:
+        context.workspace.interrupted(mark, time.monotonic() - started)
+        raise
+    return context.workspace.finish(mark, outputs, time.monotonic() - started)
+
+
+def recipe_conflicts(stages: list[Stage], recipe: Recipe, workspace: Workspace) -> list[str]:
+    """One problem where work in progress in the workspace rests on other recipe keys than these; else none."""
+    for stage in stages:
+        mark = workspace.mark(stage.name) if stage.resumes else None
+        if mark is not None:
+            now = {"recipe": stage.recipe_inputs(recipe), "stages": mark.rests_on.get("stages", {})}
+            changes = changed_inputs(mark, now)
+            if changes:  # later stages rest on the same keys and more: the first says enough
+                return [other_inputs(stage, workspace, changes)]
+    return []
+
+
+def other_inputs(stage: Stage, workspace: Workspace, changes: list[str]) -> str:
+    """The problem of a workspace whose work rests on something else than what the recipe asks now."""
+    listed = "".join(f"\n    {line}" for line in changes)
+    return (
+        f"the workspace {workspace.store.uri} belongs to a different recipe: its stage {stage.name} began with other "
+        f"inputs (there -> asked now):{listed}\n    Put these back, or give this run its own folder with workspace=..."
+    )
+
+
+def _under(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "absent"

@@ -1,0 +1,244 @@
+"""The stages of a run: what each rests on, and the bodies that are no training.
+
+Importing this loads neither torch nor Ray: a body imports what it needs when it runs.
+"""
+
+from typing import Any
+
+from orchestrator.stage import Context, Stage
+from orchestrator.workspace import fingerprint
+from shearing.data.manifest import MANIFEST_NAME
+from shearing.models.family import shape_of
+from shearing.models.parameters import count_parameters
+from shearing.pruning.target import target_shape
+from shearing.storage import open_store
+
+_BASE = ("seed", "corpus", "source", "engine.dtype", "evaluation")
+
+
+def _corpus(context: Context) -> dict[str, Any]:
+    from actors.corpus import prepare_corpus
+
+    recipe = context.recipe
+    if recipe.source.train is not None:
+        from shearing.data.tokenizer_training import ensure_trained_tokenizer
+
+        context.console.note(f"learning a tokenizer of {recipe.source.train.tokenizer.vocab_size:,} tokens")
+        tokenizer_dir = ensure_trained_tokenizer(recipe.corpus, recipe.source.train.tokenizer)
+    else:
+        assert recipe.source.model is not None, "preflight lets exactly one of model and train through"
+        tokenizer_dir = recipe.source.model
+    store, manifest = prepare_corpus(recipe.corpus, tokenizer_dir, context.console.note)
+    sequences = {name: sum(split.sequences for split in splits.values()) for name, splits in manifest.domains.items()}
+    listed = ", ".join(f"{name} {count:,}" for name, count in sequences.items())
+    context.console.note(f"sequences of {manifest.sequence_tokens:,} tokens: {listed}")
+    if manifest.malformed_lines:
+        context.console.warn(f"{manifest.malformed_lines:,} of {manifest.lines:,} lines were malformed and left out")
+    return {"path": store.uri, "fingerprint": manifest.fingerprint, "sequences": sequences}
+
+
+def _corpus_is_whole(_context: Context, outputs: dict[str, Any]) -> bool:
+    return open_store(outputs["path"]).exists(MANIFEST_NAME)
+
+
+def _source(context: Context) -> dict[str, Any]:
+    """The source model: the directory that the recipe names, known by its files' sizes and its config, or trained."""
+    named = context.recipe.source.model
+    if named is not None:
+        context.console.note(f"named by the recipe: {named}")
+        store = open_store(named)
+        sizes = {name: store.size(name) for name in store.list() if name.endswith((".safetensors", ".json"))}
+        return {
+            "model": store.uri,
+            "fingerprint": fingerprint({"sizes": sizes, "config": store.read_json("config.json")}),
+        }
+    from orchestrator.training_stages import run_source
+
+    return run_source(context)
+
+
+def _references(context: Context) -> dict[str, Any]:
+    """Reference losses: measured of the source model, or loaded and, for a scaling law, fitted to the target's size."""
+    references, domains = context.recipe.references, list(context.recipe.corpus.domains)
+    if references.kind == "source":
+        from actors.held_out_losses import measure_losses
+
+        measured = measure_losses(source_model(context), score_protocol(context), **task_resources(context))
+        losses, warnings = {name: measured[name] for name in domains}, []
+    else:
+        from shearing.data.references import load_references
+        from shearing.models.loading import read_config
+
+        config = read_config(source_model(context))
+        target = target_shape(shape_of(config), context.recipe.pruning.target)
+        found = load_references(references, domains, count_parameters(config, target))
+        losses, warnings = found.losses, found.warnings
+    for warning in warnings:
+        context.console.warn(warning)
+    context.console.note("nats a token: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    return {"kind": references.kind, "losses": losses, "warnings": warnings}
+
+
+def _pruning(context: Context) -> dict[str, Any]:
+    from orchestrator.training_stages import run_pruning
+
+    return run_pruning(context)
+
+
+def _extraction(context: Context) -> dict[str, Any]:
+    from orchestrator.training_stages import run_extraction
+
+    return run_extraction(context)
+
+
+def _recovery(context: Context) -> dict[str, Any]:
+    from orchestrator.training_stages import run_recovery
+
+    return run_recovery(context)
+
+
+def _scratch(context: Context) -> dict[str, Any]:
+    from orchestrator.training_stages import run_scratch
+
+    return run_scratch(context)
+
+
+def _scores(context: Context) -> dict[str, Any]:
+    """Losses, sizes and speeds of every model of the run, by one protocol."""
+    from actors.scoring import score_models
+
+    store = context.workspace.store
+    models = {
+        "source": source_model(context),
+        "pruned": store.child("pruned").uri,
+        "recovered": store.child("model").uri,
+    }
+    if "scratch" in context.outputs:
+        models["scratch"] = store.child("scratch").uri
+    scores = score_models(models, score_protocol(context), ("source", "recovered"), **task_resources(context))
+    for name, entry in scores["models"].items():
+        context.console.note(
+            f"{name}: {entry['parameters']:,} parameters, mean loss {entry['mean_loss']:.4f} nats a token"
+        )
+    return scores
+
+
+def _report(context: Context) -> dict[str, Any]:
+    from orchestrator.report import build_report
+
+    build_report(context.workspace.store)
+    return {"path": context.workspace.store.child("report").uri}
+
+
+def source_model(context: Context) -> str:
+    """Where the source model lies: what the recipe names, or what the stage `source` trained."""
+    return str(context.outputs["source"]["model"])
+
+
+def score_protocol(context: Context) -> Any:
+    """How every model of this run is scored."""
+    from shearing.evaluation.scoring import ScoreProtocol
+    from shearing.evaluation.throughput import Load
+
+    recipe = context.recipe
+    return ScoreProtocol(
+        corpus_uri=context.outputs["corpus"]["path"],
+        sequences_per_domain=recipe.evaluation.sequences_per_domain,
+        batch_sequences=recipe.engine.micro_batch_sequences,
+        load=Load(recipe.scores.prompt_tokens, recipe.scores.decode_tokens, recipe.scores.batch_sequences),
+        dtype=recipe.engine.dtype,
+        device="cuda" if recipe.engine.gpus_per_worker else "cpu",
+        threads=max(1, int(recipe.engine.cpus_per_worker)),
+        trust_remote_code=recipe.source.trust_remote_code,
+    )
+
+
+def task_resources(context: Context) -> dict[str, float]:
+    engine = context.recipe.engine
+    return {"cpus": engine.cpus_per_worker, "gpus": min(1.0, engine.gpus_per_worker)}
+
+
+def _holds(file: str) -> Any:
+    return lambda context, _outputs: context.workspace.store.exists(file)
+
+
+def _source_is_whole(_context: Context, outputs: dict[str, Any]) -> bool:
+    return open_store(outputs["model"]).exists("config.json")
+
+
+_STEERED = (*_BASE, "references", "mixture")
+
+CORPUS = Stage(
+    name="corpus",
+    title="text to sequences",
+    keys=("corpus", "source.model", "source.train.tokenizer"),
+    after=(),
+    run=_corpus,
+    is_whole=_corpus_is_whole,
+)
+SOURCE = Stage(
+    name="source",
+    title="the model to start from",
+    keys=_BASE,
+    after=("corpus",),
+    run=_source,
+    is_whole=_source_is_whole,
+    resumes=True,
+)
+REFERENCES = Stage(
+    name="references",
+    title="the loss each domain should come down to",
+    keys=(*_BASE, "references", "pruning.target"),
+    after=("corpus", "source"),
+    run=_references,
+)
+PRUNING = Stage(
+    name="pruning",
+    title="learning what to keep",
+    keys=(*_STEERED, "pruning"),
+    after=("corpus", "source", "references"),
+    run=_pruning,
+    resumes=True,
+)
+EXTRACTION = Stage(
+    name="extraction",
+    title="a plain model of what was kept",
+    keys=(*_STEERED, "pruning"),
+    after=("source", "pruning"),
+    run=_extraction,
+    is_whole=_holds("pruned/config.json"),
+)
+RECOVERY = Stage(
+    name="recovery",
+    title="continued pretraining",
+    keys=(*_STEERED, "pruning", "recovery"),
+    after=("corpus", "references", "pruning"),
+    run=_recovery,
+    is_whole=_holds("model/config.json"),
+    resumes=True,
+)
+SCRATCH = Stage(
+    name="scratch",
+    title="the same shape from nothing",
+    keys=(*_STEERED, "pruning.target", "recovery", "scratch"),
+    after=("corpus", "references"),
+    run=_scratch,
+    is_whole=_holds("scratch/config.json"),
+    resumes=True,
+)
+SCORES = Stage(
+    name="scores",
+    title="what it is worth",
+    keys=(*_BASE, "scores"),
+    after=("corpus", "source", "extraction", "recovery", "scratch"),
+    run=_scores,
+)
+REPORT = Stage(
+    name="report",
+    title="the whole on one page",
+    keys=("name",),
+    after=("corpus", "source", "references", "pruning", "extraction", "recovery", "scratch", "scores"),
+    run=_report,
+    is_whole=_holds("report/index.html"),
+    needs_ray=False,
+)

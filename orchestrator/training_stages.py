@@ -1,0 +1,153 @@
+"""The stages that train: a source model, the masks, the recovery, and the same shape from nothing."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from actors.export import export_on_cluster, extract_on_cluster
+from actors.held_out_losses import measure_losses
+from actors.training import PhaseResult, run_phase
+from orchestrator.stage import Context
+from orchestrator.stages import score_protocol, source_model, task_resources
+from shearing.data.manifest import TOKENIZER_FOLDER
+from shearing.models.directories import local_directory, publish_directory
+from shearing.models.loading import TOKENIZER_FILES, llama_config, write_json
+from shearing.training.config import TrainingConfig
+from shearing.training.export import ExportConfig, agreement, with_mean
+from shearing.training.phase import PhaseConfig, PhaseName
+
+
+def run_source(context: Context) -> dict[str, Any]:
+    """A llama of the recipe's shape, trained from nothing on the corpus by the loop that trains everything."""
+    train = context.recipe.source.train
+    assert train is not None
+    start = _write_source_shape(context)
+    training = TrainingConfig.model_validate(train.model_dump(include=set(TrainingConfig.model_fields)))
+    result = _train(context, "source", start, training, fresh=True)
+    return _export(context, result, start, "source")
+
+
+def run_pruning(context: Context) -> dict[str, Any]:
+    """Mask learning. Says plainly which gates are not within tolerance of the target."""
+    result = _train(context, "pruning", source_model(context), context.recipe.pruning)
+    for problem in result.outcome["missed"]:
+        context.console.warn(problem)
+    if result.outcome["converged"]:
+        tolerance = context.recipe.pruning.gates.tolerance
+        context.console.note(f"every group and layer is within {tolerance:g} of its target sparsity")
+    return {"checkpoint": result.checkpoint, **result.outcome}
+
+
+def run_extraction(context: Context) -> dict[str, Any]:
+    """The pruned model as a Hugging Face directory, and the proof that it is what was learned."""
+    pruning = context.outputs["pruning"]
+    destination = context.workspace.store.child("pruned").uri
+    config = _export_config(context, pruning["checkpoint"], source_model(context), destination)
+    config = config.model_copy(update={"pruning": context.recipe.pruning})
+    outputs = extract_on_cluster(config, **task_resources(context))
+    reloaded = measure_losses(destination, score_protocol(context), **task_resources(context))
+    outputs["proof"]["reloaded"] = with_mean(reloaded)
+    outputs |= agreement(outputs["proof"], config.dtype)
+    outputs |= {key: pruning[key] for key in ("converged", "gaps", "missed")}
+    means = ", ".join(f"{name} {losses['mean']:.4f}" for name, losses in outputs["proof"].items())
+    context.console.note(f"mean loss, nats a token: {means}")
+    if not outputs["agrees"]:
+        context.console.warn(
+            f"masked, extracted and reloaded models differ by {outputs['largest_difference']:.2g} nats a token; at most "
+            f"{outputs['agreement_tolerance']:g} is rounding. Do not use this model."
+        )
+    return outputs
+
+
+def run_recovery(context: Context) -> dict[str, Any]:
+    """Continued pretraining of the pruned model."""
+    pruned = context.workspace.store.child("pruned").uri
+    result = _train(context, "recovery", pruned, context.recipe.recovery)
+    return _export(context, result, pruned, "model")
+
+
+def run_scratch(context: Context) -> dict[str, Any]:
+    """The pruned model's shape with fresh weights, on as many tokens as recovery had."""
+    scratch = context.recipe.scratch
+    assert scratch is not None
+    pruned = context.workspace.store.child("pruned").uri
+    changes = {"learning_rate": scratch.learning_rate} if scratch.learning_rate else {}
+    training = context.recipe.recovery.model_copy(update=changes)
+    result = _train(context, "scratch", pruned, training, fresh=True)
+    return _export(context, result, pruned, "scratch")
+
+
+def _train(
+    context: Context, name: PhaseName, model: str, training: TrainingConfig, fresh: bool = False
+) -> PhaseResult:
+    recipe = context.recipe
+    total = sum(domain.proportion for domain in recipe.corpus.domains.values())
+    references = context.outputs.get("references", {}).get("losses", {})
+    steered = bool(references)
+    phase = PhaseConfig(
+        name=name,
+        model=model,
+        fresh=fresh,
+        trust_remote_code=recipe.source.trust_remote_code,
+        training=training,
+        engine=recipe.engine,
+        evaluation=recipe.evaluation,
+        corpus=context.outputs["corpus"]["path"],
+        split="prune" if name == "pruning" else "train",
+        proportions={name: domain.proportion / total for name, domain in recipe.corpus.domains.items()},
+        # a source model has no references yet, so nothing could steer its mixture
+        mixture=recipe.mixture if steered else recipe.mixture.model_copy(update={"rule": "static"}),
+        references=references if steered else dict.fromkeys(recipe.corpus.domains, 0.0),
+        seed=recipe.seed,
+    )
+
+    def show(report: dict[str, Any]) -> None:
+        if report["kind"] == "step":
+            context.console.progress(name, report, training.steps)
+        elif report["kind"] == "event":
+            context.console.note(report["text"])
+
+    return run_phase(phase, context.workspace.store.uri, show)
+
+
+def _export_config(context: Context, checkpoint: str, source: str, destination: str) -> ExportConfig:
+    recipe = context.recipe
+    return ExportConfig(
+        checkpoint=checkpoint,
+        source=source,
+        destination=destination,
+        corpus=context.outputs["corpus"]["path"],
+        sequences_per_domain=recipe.evaluation.sequences_per_domain,
+        batch_sequences=recipe.engine.micro_batch_sequences,
+        dtype=recipe.engine.dtype,
+        trust_remote_code=recipe.source.trust_remote_code,
+    )
+
+
+def _export(context: Context, result: PhaseResult, source: str, folder: str) -> dict[str, Any]:
+    destination = context.workspace.store.child(folder).uri
+    config = _export_config(context, result.checkpoint, source, destination)
+    return {"checkpoint": result.checkpoint} | export_on_cluster(config, **task_resources(context))
+
+
+def _write_source_shape(context: Context) -> str:
+    """A directory with config.json and tokenizer but no weights, for a model that starts from nothing."""
+    recipe, (corpus, manifest) = context.recipe, context.corpus()
+    assert recipe.source.train is not None
+    store = context.workspace.store.child("source-shape")
+    boundary = manifest.tokenizer.boundary_token_id
+    config = llama_config(
+        recipe.source.train.shape,
+        manifest.tokenizer.vocab_size,
+        2 * manifest.sequence_tokens,
+        bos_token_id=boundary,
+        eos_token_id=boundary,
+    )
+    tokenizer = local_directory(corpus.child(TOKENIZER_FOLDER).uri)
+    with TemporaryDirectory() as folder:
+        for name in TOKENIZER_FILES:
+            if (tokenizer / name).is_file():
+                (Path(folder) / name).write_bytes((tokenizer / name).read_bytes())
+        write_json(Path(folder) / "config.json", config)
+        publish_directory(Path(folder), store)
+    return store.uri

@@ -1,0 +1,55 @@
+"""The held-out sequences that losses and perplexities are measured on."""
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from shearing.data.manifest import Split, load_manifest
+from shearing.storage import Store
+
+
+def held_out_sequences(corpus: Store, sequences_per_domain: int, split: Split = "eval") -> dict[str, np.ndarray]:
+    """The first sequences of each domain's split, in stored order: domain -> token ids [N, T], int64.
+
+    Preparation shuffles the sequences of a shard, so the first ones are a sample of it; the same ones are read every
+    time and for every model. A domain that has fewer gives all.
+
+    Raises:
+        FileNotFoundError: The corpus is not prepared.
+        ValueError: A domain holds no sequence in this split, or its shards hold fewer than the manifest says.
+    """
+    manifest = load_manifest(corpus)
+    found = {}
+    for domain, splits in manifest.domains.items():
+        entry = splits.get(split)
+        if entry is None or entry.sequences == 0:
+            raise ValueError(
+                f"{domain} holds no sequence in its {split} split, so no loss can be measured on it; "
+                f"give it more text or raise corpus.split.{split}"
+            )
+        wanted = min(sequences_per_domain, entry.sequences)
+        parts: list[np.ndarray] = []
+        for shard in entry.shards:
+            if sum(map(len, parts)) >= wanted:
+                break
+            parts += _first_rows(corpus, shard.path, wanted - sum(map(len, parts)), manifest.sequence_tokens)
+        tokens_NT = np.concatenate(parts)
+        if len(tokens_NT) < wanted:
+            raise ValueError(
+                f"{corpus.uri}: {domain}/{split} holds {len(tokens_NT)} of {wanted} sequences; prepare again"
+            )
+        found[domain] = tokens_NT
+    return found
+
+
+def _first_rows(corpus: Store, shard: str, wanted: int, sequence_tokens: int) -> list[np.ndarray]:
+    parts: list[np.ndarray] = []
+    with corpus.filesystem.open_input_file(corpus.locate(shard)) as stream:
+        file = pq.ParquetFile(stream)
+        for group in range(file.num_row_groups):
+            if wanted <= 0:
+                break
+            column = file.read_row_group(group, columns=["tokens"]).column("tokens").combine_chunks()
+            tokens_NT = column.flatten().to_numpy().astype(np.int64).reshape(-1, sequence_tokens)[:wanted]
+            parts.append(tokens_NT)
+            wanted -= len(tokens_NT)
+    return parts

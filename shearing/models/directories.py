@@ -1,0 +1,42 @@
+"""Model directories in workspaces that may lie on object stores: what `transformers` opens must be on a local disk."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from shearing.storage import Store, open_store
+
+
+def local_directory(uri: str) -> Path:
+    """A local path to a model directory; a remote one is copied once to this node's temporary folder."""
+    store = open_store(uri)
+    if store.is_local:
+        return Path(store.path)
+    listing = "".join(f"{name}:{store.size(name)};" for name in store.list())
+    name = hashlib.sha256(f"{uri}|{listing}".encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"shear-models-{os.getuid()}" / name
+    if not folder.is_dir():
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent))
+        pafs.copy_files(store.path, str(partial), source_filesystem=store.filesystem)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process of this node was first
+            shutil.rmtree(partial)
+    return folder
+
+
+def publish_directory(folder: Path, store: Store) -> None:
+    """Make `store` hold what a local folder holds; config.json goes last, so that half a copy is no model."""
+    if store.is_local and Path(store.path) == folder:
+        return
+    store.delete()
+    files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda p: p.name == "config.json")
+    for path in files:
+        target = store.locate(str(path.relative_to(folder)))
+        store.filesystem.create_dir(os.path.dirname(target), recursive=True)
+        pafs.copy_files(str(path), target, destination_filesystem=store.filesystem)

@@ -1,0 +1,245 @@
+"""Models in and out: Hugging Face directories, fresh models of a shape."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from shearing.errors import UserError
+from shearing.models.family import FAMILIES, is_tied
+from shearing.models.shape import Shape
+
+MAX_SHARD_BYTES = 5_000_000_000
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a model directory.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no config.json: a Hugging Face model directory is expected there.")
+    return json.loads(path.read_text())
+
+
+def load_model(
+    folder: str | Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model from a Hugging Face directory, in evaluation mode, with torch's own attention."""
+    return AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+    )
+
+
+def new_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A model of a config with fresh weights, Hugging Face's own initialisation; global random state is left alone.
+
+    Args:
+        config: A config.json's dict with `model_type`.
+        dtype: Of the weights; drawn in float32 and rounded, so that types differ by rounding only.
+        seed: Of the weights.
+    """
+    values = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(values)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="sdpa")
+    cast_parameters(model, dtype)
+    return model
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Rounds a model's weights to a type, in place; buffers stay as they are.
+
+    `model.to(dtype)` would round the frequencies of the rotary embedding too, which a loaded model keeps in float32.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def llama_config(
+    shape: Shape,
+    vocabulary: int,
+    max_positions: int,
+    *,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+    tied: bool = False,
+) -> dict[str, Any]:
+    """The config.json of a llama model of a shape, for models trained from nothing.
+
+    Args:
+        shape: Its sizes.
+        vocabulary: Rows of the embedding table.
+        max_positions: Longest sequence in tokens.
+        bos_token_id: Begin-of-text token.
+        eos_token_id: End-of-text token.
+        pad_token_id: Padding token.
+        tied: Whether the LM head is the embedding table.
+    """
+    family = FAMILIES["llama"]
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **{key: getattr(shape, name) for name, key in family.dimension_keys.items()},
+        "vocab_size": vocabulary,
+        "max_position_embeddings": max_positions,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": tied,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+        "dtype": "float32",
+    }
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The weights of a model directory by name, each read from its file when asked for.
+
+    Args:
+        folder: Holds model.safetensors, or shards with their index.
+
+    Raises:
+        UserError: It holds neither.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        if (folder / INDEX_FILE).is_file():
+            weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+            self._files = {name: folder / file for name, file in weight_map.items()}
+        elif (folder / WEIGHTS_FILE).is_file():
+            with safe_open(folder / WEIGHTS_FILE, framework="pt") as stored:
+                self._files = dict.fromkeys(stored.keys(), folder / WEIGHTS_FILE)
+        else:
+            raise UserError(
+                f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; weights in safetensors are expected. "
+                "Save the model with save_pretrained of a recent transformers."
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as stored:
+            return stored.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def model_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Weights of a model in memory by name; the LM head is left out where it is the embedding table."""
+    tied = is_tied(model.config)
+    for name, parameter in model.named_parameters():
+        if not (tied and name == "lm_head.weight"):
+            yield name, parameter.detach()
+
+
+def write_model_directory(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    tokenizer_folder: str | Path | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a Hugging Face directory that stock `AutoModelForCausalLM.from_pretrained` loads; complete or absent.
+
+    Args:
+        folder: Replaced if it exists.
+        config: The config.json; its `dtype` is set to the weights' own.
+        tensors: Weights by name, written as they come: no more than one shard is held in memory.
+        tokenizer_folder: Whose tokenizer files are copied.
+        generation_config: Written as generation_config.json; None writes none.
+        max_shard_bytes: Weights beyond this go to several files with an index.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    dtype = _write_weights(partial, tensors, max_shard_bytes)
+    written = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    write_json(partial / CONFIG_FILE, written)
+    if generation_config is not None:
+        write_json(partial / GENERATION_FILE, generation_config)
+    if tokenizer_folder is not None:
+        for name in TOKENIZER_FILES:
+            if (Path(tokenizer_folder) / name).is_file():
+                shutil.copyfile(Path(tokenizer_folder) / name, partial / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def read_generation_config(folder: str | Path) -> dict[str, Any] | None:
+    """The generation_config.json of a model directory; None where it holds none."""
+    path = Path(folder) / GENERATION_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> str:
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = size = 0
+    dtype = ""
+
+    def flush() -> None:
+        save_file(shard, folder / f"{len(shards)}.shard", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        item = tensor.numel() * tensor.element_size()
+        if shard and size + item > max_shard_bytes:
+            flush()
+            size = 0
+        shard[name] = tensor.detach().cpu().contiguous()
+        size, total = size + item, total + item
+        dtype = dtype or str(tensor.dtype).removeprefix("torch.")
+    flush()
+    if len(shards) == 1:
+        (folder / "0.shard").rename(folder / WEIGHTS_FILE)
+        return dtype
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.shard").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return dtype
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a mapping as Hugging Face lays its JSON files out: indented, keys sorted."""
+    path.write_text(json.dumps(dict(value), indent=2, sort_keys=True, ensure_ascii=False) + "\n")

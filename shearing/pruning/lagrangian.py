@@ -1,0 +1,166 @@
+"""The Lagrangian constraint on gates (arXiv 2310.06694, equation 3), and the optimiser of both.
+
+The constraint is written on fractions, as the published code has it: with learning rate 1.0 for gates and multipliers
+the scale matters.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shearing.pruning.config import GatesConfig
+from shearing.pruning.gates import Gates
+from shearing.pruning.target import GroupSpec
+
+
+def constraint(expected: Tensor, target: float, linear: Tensor, quadratic: Tensor) -> Tensor:
+    """`linear (s - t) + quadratic (s - t)^2`, averaged over the layers of s; a scalar.
+
+    Args:
+        expected: s, expected sparsity: [layers] or a scalar.
+        target: t, the sparsity asked for now.
+        linear: First multiplier, a scalar.
+        quadratic: Second multiplier, a scalar.
+    """
+    gap = expected - target
+    return (linear * gap + quadratic * gap.square()).mean()
+
+
+def ramped_sparsity(end: float, step: int, warmup_steps: int, start: float = 0.0) -> float:
+    """Target sparsity at a step: linear from `start` at step 0 to `end` at `warmup_steps`, constant after."""
+    share = min(1.0, step / warmup_steps) if warmup_steps > 0 else 1.0
+    return start + (end - start) * share
+
+
+class Lagrangian(nn.Module):
+    """Two float32 multipliers a group, from zero; they ascend while gates and weights descend.
+
+    Args:
+        groups: Group specifications by name.
+        sparsity_warmup_steps: Steps over which every target sparsity ramps to its end.
+        start_sparsity: Target sparsity of every group at step 0.
+    """
+
+    def __init__(
+        self, groups: Mapping[str, GroupSpec], sparsity_warmup_steps: int = 0, start_sparsity: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.groups = dict(groups)
+        self.sparsity_warmup_steps = sparsity_warmup_steps
+        self.start_sparsity = start_sparsity
+        self.linear = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in self.groups})
+        self.quadratic = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in self.groups})
+
+    def target_sparsity(self, step: int) -> dict[str, float]:
+        """Target sparsity of each group at a step."""
+        return {
+            name: ramped_sparsity(spec.target_sparsity, step, self.sparsity_warmup_steps, self.start_sparsity)
+            for name, spec in self.groups.items()
+        }
+
+    def loss(self, expected: Mapping[str, Tensor], step: int) -> Tensor:
+        """The constraint's part of the loss: the sum of all groups' constraints, a scalar.
+
+        Args:
+            expected: Expected sparsity by group, from `Gates.expected_sparsity`.
+            step: Optimiser step.
+        """
+        targets = self.target_sparsity(step)
+        terms = [constraint(s, targets[name], self.linear[name], self.quadratic[name]) for name, s in expected.items()]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def forward(self, expected: Mapping[str, Tensor], step: int) -> Tensor:
+        """The same as `loss`."""
+        return self.loss(expected, step)
+
+
+@torch.no_grad()
+def sparsity_metrics(gates: Gates, lagrangian: Lagrangian, step: int) -> dict[str, dict[str, float]]:
+    """Where every group stands: expected (mean over layers), target, undecided (gates), largest_layer_gap."""
+    targets, undecided = lagrangian.target_sparsity(step), gates.undecided()
+    return {
+        name: {
+            "expected": float(s.mean()),
+            "target": targets[name],
+            "undecided": undecided[name],
+            "largest_layer_gap": float((s - targets[name]).abs().max()),
+        }
+        for name, s in gates.expected_sparsity().items()
+    }
+
+
+@torch.no_grad()
+def final_gaps(gates: Gates) -> dict[str, list[float]]:
+    """|expected - final target| of each group, one number a layer (one in all for a shared row)."""
+    return {
+        name: (s - gates.groups[name].target_sparsity).abs().reshape(-1).tolist()
+        for name, s in gates.expected_sparsity().items()
+    }
+
+
+def unconverged(gates: Gates, tolerance: float) -> list[str]:
+    """A message for every group with a row further from its target than `tolerance`; an empty list when all arrived."""
+    messages = []
+    for name, gaps in final_gaps(gates).items():
+        wide = [f"layer {row}: {gap:.3f}" for row, gap in enumerate(gaps) if gap > tolerance]
+        if not wide:
+            continue
+        spec = gates.groups[name]
+        where = (
+            f"by {gaps[0]:.3f}" if spec.rows is None else f"in {len(wide)} of {len(gaps)} layers ({', '.join(wide)})"
+        )
+        messages.append(
+            f"gates of {name!r} are further than {tolerance:g} from their target sparsity "
+            f"{spec.target_sparsity:.3f} {where}"
+        )
+    return messages
+
+
+def build_gate_optimizer(
+    gates: Gates, lagrangian: Lagrangian, config: GatesConfig, betas: tuple[float, float] = (0.9, 0.95)
+) -> torch.optim.Adam:
+    """Adam without weight decay: gates descend, multipliers ascend, every log_alpha is clamped after each step.
+
+    The learning rate is constant; clipping is left to the caller. Source: arXiv 2310.06694, table 7.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": list(gates.named_parameters())},
+        {"params": list(lagrangian.named_parameters()), "maximize": True},
+    ]
+    optimizer = torch.optim.Adam(groups, lr=config.learning_rate, betas=betas)
+    optimizer.register_step_post_hook(lambda *_: gates.clamp_())
+    return optimizer
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as plain tensors named `<parameter>/<quantity>`; empty before the first step."""
+    tensors = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            for quantity, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}/{quantity}"] = value.detach().clone()
+    return tensors
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what `optimizer_tensors` gave, exactly.
+
+    Raises:
+        ValueError: A name that is none of the optimiser's parameters.
+    """
+    parameters = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        name, _, quantity = key.rpartition("/")
+        if name not in parameters:
+            raise ValueError(
+                f"optimizer state holds {key!r}, but the optimizer's parameters are {', '.join(parameters)}: "
+                "the checkpoint belongs to other gate groups. Resume with the recipe that wrote it."
+            )
+        optimizer.state[parameters[name]][quantity] = value.detach().clone()

@@ -1,0 +1,169 @@
+"""From a target shape to gate groups, and what is wrong with a target; importable without torch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shearing.models.family import Family
+from shearing.models.shape import Shape, TargetShape
+
+GROUPS = ("layer", "hidden", "head", "kv_head", "intermediate")
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """One group of gates.
+
+    Attributes:
+        size: Units in a row.
+        target: Units of a row that stay.
+        rows: Layers, where every layer has gates of its own; None for one row that the whole model shares.
+    """
+
+    size: int
+    target: int
+    rows: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the group's tensors: [size] or [rows, size]."""
+        return (self.size,) if self.rows is None else (self.rows, self.size)
+
+    @property
+    def target_sparsity(self) -> float:
+        """Share of the units that goes: 1 - target / size."""
+        return 1 - self.target / self.size
+
+
+def target_shape(source: Shape, target: TargetShape) -> Shape:
+    """The full shape that a target means: what it leaves out stays, and with multi-head attention (as many
+    key/value heads as heads) the key/value heads follow the heads.
+    """
+    shape = target.within(source)
+    if source.num_heads == source.num_kv_heads and target.num_kv_heads is None:
+        shape = shape.model_copy(update={"num_kv_heads": shape.num_heads})
+    return shape
+
+
+def gate_groups(source: Shape, target: Shape, groups: Iterable[str] | None = None) -> dict[str, GroupSpec]:
+    """The gate groups that lead from source to target.
+
+    Args:
+        source: Shape before.
+        target: Full shape after, as `target_shape` gives it.
+        groups: Names of the groups wanted; default every group whose dimension changes. A group of a dimension that
+            does not change has a target sparsity of zero.
+
+    Returns:
+        Group specifications in the order of GROUPS. With multi-head attention `head` is [layers, heads] and a head's
+        key and value go with it. With grouped-query attention `kv_head` [layers, key/value heads] holds whole groups
+        with their queries, and `head` [layers, queries of a group] the queries of every group, by one mask for all
+        groups of a layer, so that heads stay a multiple of key/value heads.
+    """
+    layers = source.num_layers
+    ratio, ratio_after = source.num_heads // source.num_kv_heads, target.num_heads // target.num_kv_heads
+    specs = {
+        "layer": GroupSpec(source.num_layers, target.num_layers),
+        "hidden": GroupSpec(source.hidden_size, target.hidden_size),
+        "head": GroupSpec(source.num_heads, target.num_heads, layers),
+        "intermediate": GroupSpec(source.intermediate_size, target.intermediate_size, layers),
+    }
+    if source.num_heads != source.num_kv_heads:
+        specs["head"] = GroupSpec(ratio, ratio_after, layers)
+        specs["kv_head"] = GroupSpec(source.num_kv_heads, target.num_kv_heads, layers)
+    wanted = {name for name, spec in specs.items() if spec.target != spec.size} if groups is None else set(groups)
+    return {name: specs[name] for name in GROUPS if name in specs and name in wanted}
+
+
+def check_target(
+    family: Family, source: Shape, target: TargetShape, groups: Iterable[str] | None = None, path: str = "pruning"
+) -> list[str]:
+    """What is wrong with a target, one complete message a problem; an empty list if nothing is.
+
+    Args:
+        family: Of the source model.
+        source: Its shape.
+        target: What the recipe asks for.
+        groups: Gate groups that the recipe names; None where it leaves them to the target.
+        path: Where the target stands in the recipe, for the messages.
+    """
+    shape = target_shape(source, target)
+    problems = [
+        f"{path}.target.{name} = {asked} is larger than the source's {getattr(source, name)}; pruning only removes. "
+        f"Set {path}.target.{name} to {getattr(source, name)} or less, or leave it out."
+        for name, asked in target.model_dump(exclude_none=True).items()
+        if asked > getattr(source, name)
+    ]
+    if not problems:
+        problems += _head_problems(source, target, shape, path)
+    if family.hidden_multiple_of_heads and not problems and shape.hidden_size % shape.num_heads:
+        below = shape.hidden_size // shape.num_heads * shape.num_heads
+        allowed = [size for size in (below, below + shape.num_heads) if 0 < size <= source.hidden_size]
+        problems.append(
+            f"{path}.target.hidden_size = {shape.hidden_size} is not a multiple of num_heads = {shape.num_heads}, "
+            f"which Hugging Face's {family.architecture} needs; allowed nearby: {_listed(allowed)}. "
+            f"Set {path}.target.hidden_size={allowed[0] if allowed else shape.num_heads}."
+        )
+    if problems:
+        return problems
+    if shape == source:
+        return [
+            f"{path}.target is the source's own shape ({_described(source)}): there is nothing to prune. "
+            f"Set at least one of {path}.target.{{{', '.join(TargetShape.model_fields)}}} below the source's."
+        ]
+    return [] if groups is None else _group_problems(source, shape, list(groups), path)
+
+
+def _head_problems(source: Shape, target: TargetShape, shape: Shape, path: str) -> list[str]:
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    if source.num_heads == source.num_kv_heads:
+        if heads == kv_heads:
+            return []
+        return [
+            f"{path}.target.num_kv_heads = {kv_heads} differs from num_heads = {heads}, but the source has multi-head "
+            f"attention (num_heads = num_kv_heads = {source.num_heads}), where a head goes with its key and value; "
+            f"allowed: the same number. Set {path}.target.num_heads={kv_heads} or leave num_kv_heads out."
+        ]
+    ratio = source.num_heads // source.num_kv_heads
+    allowed = [kv_heads * queries for queries in range(1, ratio + 1)]
+    if heads in allowed:
+        return []
+    nearest = max((count for count in allowed if count <= heads), default=allowed[0])
+    asked = "" if target.num_heads is not None else " (the source's, since the target leaves it out)"
+    why = (
+        f"is not a multiple of num_kv_heads = {kv_heads}"
+        if heads % kv_heads
+        else (
+            f"gives every one of {kv_heads} key/value heads {heads // kv_heads} queries, where the source has {ratio}"
+        )
+    )
+    return [
+        f"{path}.target.num_heads = {heads}{asked} {why}; allowed: {_listed(allowed)}. "
+        f"Set {path}.target.num_heads={nearest}."
+    ]
+
+
+def _group_problems(source: Shape, shape: Shape, groups: list[str], path: str) -> list[str]:
+    needed = gate_groups(source, shape)
+    possible = gate_groups(source, shape, GROUPS)
+    problems = [
+        f"{path}.gates.groups lacks {name!r}, but the target changes what it holds ({spec.size} -> {spec.target}"
+        f"{' in each layer' if spec.rows else ''}); given: {_listed(groups)}. Add {name!r}, or leave "
+        f"{path}.gates.groups out for every group that the target needs: {_listed(needed)}."
+        for name, spec in needed.items()
+        if name not in groups
+    ]
+    problems += [
+        f"{path}.gates.groups has {name!r}, which a source with {source.num_heads} heads and {source.num_kv_heads} "
+        f"key/value heads does not have; allowed: {_listed(possible)}. Remove {name!r}."
+        for name in groups
+        if name not in possible
+    ]
+    return problems
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(str(value) for value in values) or "none"
+
+
+def _described(shape: Shape) -> str:
+    return ", ".join(f"{name} {value}" for name, value in shape.model_dump().items())

@@ -1,0 +1,155 @@
+"""Checkpoints that know nothing of ranks: float32 weights and Adam moments by parameter name, in safetensors.
+
+Every rank writes the parameters it is given by size, reads its share of the files back and hands them to the others,
+so a checkpoint of any number of workers and any ZeRO stage resumes on any other. Nothing in it is a pickle.
+`index.json` names all files with their bytes; a folder without it, or where a file is missing or short, is no checkpoint.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.numpy import load as load_arrays
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
+
+from shearing.storage import Store
+from shearing.training.engine import ADAM_MOMENTS, Engine
+
+INDEX_NAME = "index.json"
+STATE_NAME = "state.json"
+FORMAT_VERSION = 1
+PART_BYTES = 2 * 2**30
+
+
+class IncompleteCheckpointError(RuntimeError):
+    """A folder that should be a checkpoint lacks a file or a part of one."""
+
+
+@dataclass
+class _PartWriter:
+    """Collects tensors and writes them in files of at most about PART_BYTES."""
+
+    folder: Path
+    rank: int
+    parts: int = 0
+    held_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.files: dict[str, int] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self.tensors[name] = tensor.contiguous()
+        self.held_bytes += tensor.nbytes
+        if self.held_bytes >= PART_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.tensors:
+            path = self.folder / f"weights-r{self.rank:04d}-p{self.parts:03d}.safetensors"
+            save_file(self.tensors, path)
+            self.files[path.name] = path.stat().st_size
+            self.parts, self.held_bytes, self.tensors = self.parts + 1, 0, {}
+
+
+def save_checkpoint(
+    engine: Engine, folder: Path, state: dict[str, Any], arrays: dict[str, dict[str, np.ndarray | torch.Tensor]]
+) -> None:
+    """Write this rank's part into its own local folder; the folders of all ranks together are the checkpoint.
+
+    `arrays` maps a file's stem to its tensors; rank 0 writes them, `state` and the index (collective).
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    writer = _PartWriter(folder, rank)
+    held_bytes = [0] * world
+    for entry in engine.states():
+        owner = held_bytes.index(min(held_bytes))
+        held_bytes[owner] += entry.value.nbytes
+        if owner == rank:
+            writer.add(entry.name, entry.value)
+            for key, moment in entry.moments.items():
+                writer.add(f"{entry.name}::{key}", moment)
+    writer.flush()
+    gathered: list[dict[str, int]] = [{} for _ in range(world)]
+    dist.all_gather_object(gathered, writer.files)
+    if rank == 0:
+        files = {name: size for part in gathered for name, size in part.items()}
+        for stem, tensors in arrays.items():
+            path = folder / f"{stem}.safetensors"
+            save_file({name: torch.as_tensor(value).contiguous() for name, value in tensors.items()}, path)
+            files[path.name] = path.stat().st_size
+        (folder / STATE_NAME).write_text(json.dumps(state))
+        files[STATE_NAME] = (folder / STATE_NAME).stat().st_size
+        (folder / INDEX_NAME).write_text(json.dumps({"format_version": FORMAT_VERSION, "files": files}))
+
+
+@dataclass(frozen=True)
+class CheckpointReader:
+    """A finished checkpoint. Raises IncompleteCheckpointError where a file is absent or has another size."""
+
+    store: Store
+
+    def __post_init__(self) -> None:
+        if not self.store.exists(INDEX_NAME):
+            raise IncompleteCheckpointError(f"{self.store.uri} has no {INDEX_NAME}")
+        for name, size in self.files.items():
+            if not self.store.exists(name) or self.store.size(name) != size:
+                raise IncompleteCheckpointError(f"{self.store.uri}/{name} is missing or not {size} bytes long")
+
+    @property
+    def files(self) -> dict[str, int]:
+        files: dict[str, int] = self.store.read_json(INDEX_NAME)["files"]
+        return files
+
+    @property
+    def weight_files(self) -> list[str]:
+        return sorted(name for name in self.files if name.startswith("weights-"))
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.store.read_json(STATE_NAME)
+        return state
+
+    def arrays(self, stem: str) -> dict[str, np.ndarray]:
+        """Tensors of one of rank 0's files; empty where there is none."""
+        name = f"{stem}.safetensors"
+        return load_arrays(self.store.read_bytes(name)) if name in self.files else {}
+
+    def weights(self, file: str) -> dict[str, torch.Tensor]:
+        """Tensors of one weight file: float32 values by name, Adam moments by `name::moment`."""
+        return load_tensors(self.store.read_bytes(file))
+
+
+def load_checkpoint(engine: Engine, reader: CheckpointReader, step: int) -> None:
+    """Fill the engine: each file is read by one rank and its tensors handed to all (collective)."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parameters = dict(engine.named_parameters())
+    engine.begin_loading(step)
+    missing = set(parameters)
+    for number, file in enumerate(reader.weight_files):
+        owner = number % world
+        tensors = reader.weights(file) if owner == rank else {}
+        listing: list[Any] = [{name: tuple(t.shape) for name, t in tensors.items() if "::" not in name}]
+        dist.broadcast_object_list(listing, src=owner)
+        for name, shape in listing[0].items():
+            whole = {
+                key: _handed_out(tensors.get(key), shape, owner, engine.device)
+                for key in (name, *(f"{name}::{moment}" for moment in ADAM_MOMENTS))
+            }
+            moments = {moment: whole[f"{name}::{moment}"] for moment in ADAM_MOMENTS}
+            engine.load(parameters[name], whole[name], moments)
+            missing.discard(name)
+    if missing:
+        raise IncompleteCheckpointError(f"{reader.store.uri} has no weights for {sorted(missing)[:5]}")
+
+
+def _handed_out(
+    tensor: torch.Tensor | None, shape: tuple[int, ...], owner: int, device: torch.device
+) -> torch.Tensor:
+    whole = torch.empty(shape, device=device) if tensor is None else tensor.to(device)
+    dist.broadcast(whole, src=owner)
+    return whole

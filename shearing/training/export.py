@@ -1,0 +1,170 @@
+"""From a checkpoint to Hugging Face directories, and the proof that nothing changed on the way."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shearing.config import Config
+from shearing.evaluation.held_out import held_out_sequences
+from shearing.evaluation.losses import domain_loss_sums, mean_losses
+from shearing.models.directories import local_directory, publish_directory
+from shearing.models.family import family_of, shape_of
+from shearing.models.loading import (
+    load_model,
+    new_model,
+    read_config,
+    read_generation_config,
+    write_model_directory,
+)
+from shearing.models.parameters import count_parameters
+from shearing.pruning.config import PruningConfig
+from shearing.pruning.extraction import extract, kept_units
+from shearing.pruning.gates import Gates
+from shearing.pruning.masks import attach_gates
+from shearing.pruning.target import gate_groups, target_shape
+from shearing.storage import Store, open_store
+from shearing.training.checkpoint import CheckpointReader
+from shearing.training.engine import DTYPES
+from shearing.training.mask_learning import learned_gates
+
+# Largest difference in mean loss, nats a token, between models that should be one function: the order of summation
+# differs, and bfloat16 keeps 8 bits of it.
+AGREEMENT_NATS = {"float32": 1e-4, "bfloat16": 1e-2}
+
+
+class CheckpointTensors(Mapping[str, Tensor]):
+    """A checkpoint's weights by name in one dtype; holds the file that was read last."""
+
+    def __init__(self, reader: CheckpointReader, dtype: torch.dtype) -> None:
+        self._reader, self._dtype = reader, dtype
+        self._held: tuple[str, dict[str, Tensor]] = ("", {})
+        self._files: dict[str, str] = {}
+        for file in reader.weight_files:
+            self._files |= dict.fromkeys((name for name in self._open(file) if "::" not in name), file)
+
+    def _open(self, file: str) -> dict[str, Tensor]:
+        if self._held[0] != file:
+            self._held = (file, self._reader.weights(file))
+        return self._held[1]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._open(self._files[name])[name].to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class ExportConfig(Config):
+    """What export and extraction need; plain values, so that they travel to any node."""
+
+    checkpoint: str
+    source: str
+    destination: str
+    corpus: str
+    sequences_per_domain: int
+    batch_sequences: int
+    dtype: str
+    trust_remote_code: bool = False
+    pruning: PruningConfig | None = None
+
+
+def export_model(config: ExportConfig) -> dict[str, Any]:
+    """Write a phase's last weights as a Hugging Face directory of the same shape as `source`. Returns its size."""
+    source = local_directory(config.source)
+    tensors = CheckpointTensors(CheckpointReader(open_store(config.checkpoint)), DTYPES[config.dtype])
+    model_config = read_config(source)
+    _write(open_store(config.destination), model_config, ((name, tensors[name]) for name in tensors), source)
+    return {"model": config.destination, "parameters": count_parameters(model_config)}
+
+
+def extract_model(config: ExportConfig) -> dict[str, Any]:
+    """Cut the pruned model out of mask learning's last checkpoint, write it, and measure three of the four losses.
+
+    Returns what the stage `extraction` puts out but for the reloaded directory's loss, which only a fresh process can
+    measure honestly.
+    """
+    assert config.pruning is not None
+    source = local_directory(config.source)
+    reader = CheckpointReader(open_store(config.checkpoint))
+    model_config, dtype = read_config(source), DTYPES[config.dtype]
+    tensors = CheckpointTensors(reader, dtype)
+    family, shape = family_of(model_config), shape_of(model_config)
+    target = target_shape(shape, config.pruning.target)
+    groups = gate_groups(shape, target, config.pruning.gates.groups)
+    arrays = {name: torch.from_numpy(value) for name, value in reader.arrays("gates").items()}
+    gates = learned_gates(arrays, Gates(groups))
+
+    masked = load_model(source, dtype, config.trust_remote_code)
+    fill(masked, tensors)
+    slots = attach_gates(masked, family)
+    exact = gates.deterministic(exact=True)
+    slots.set(gates.deterministic(exact=False))
+    proof = {"learned": _losses(masked, config)}
+    slots.set(exact)
+    proof["exact_target"] = _losses(masked, config)
+    slots.set(None)
+    del masked, slots
+
+    new_config, weights = extract(model_config, family, tensors, exact, target)
+    extracted = dict(weights)
+    small = new_model(new_config, dtype)
+    fill(small, extracted)
+    proof["extracted"] = _losses(small, config)
+    _write(open_store(config.destination), new_config, extracted.items(), source)
+    return {
+        "model": config.destination,
+        "proof": proof,
+        "kept": kept_units(exact, shape, target),
+        "source_shape": shape.model_dump(),
+        "target_shape": target.model_dump(),
+        "parameters": {"source": count_parameters(model_config), "target": count_parameters(new_config)},
+    }
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy weights by name into a model. Raises KeyError for a weight that is not there."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+def agreement(proof: dict[str, dict[str, Any]], dtype: str) -> dict[str, Any]:
+    """Whether masked at the exact target, extracted and reloaded are one model, by their loss in every domain."""
+    names = ("exact_target", "extracted", "reloaded")
+    domains = proof["extracted"]["domains"]
+    spreads = [
+        max(proof[name]["domains"][domain] for name in names) - min(proof[name]["domains"][domain] for name in names)
+        for domain in domains
+    ]
+    largest, tolerance = max(spreads), AGREEMENT_NATS[dtype]
+    return {"largest_difference": largest, "agreement_tolerance": tolerance, "agrees": largest <= tolerance}
+
+
+def with_mean(losses: dict[str, float]) -> dict[str, Any]:
+    """Losses per domain and their plain mean, in nats a token."""
+    return {"mean": sum(losses.values()) / len(losses), "domains": losses}
+
+
+def _losses(model: nn.Module, config: ExportConfig) -> dict[str, Any]:
+    sequences = held_out_sequences(open_store(config.corpus), config.sequences_per_domain)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    return with_mean(mean_losses(domain_loss_sums(model, sequences, config.batch_sequences, device)))
+
+
+def _write(destination: Store, config: dict[str, Any], tensors: Any, source: Path) -> None:
+    generation = read_generation_config(source)
+    if destination.is_local:
+        write_model_directory(destination.path, config, tensors, source, generation)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "model"
+        write_model_directory(local, config, tensors, source, generation)
+        publish_directory(local, destination)

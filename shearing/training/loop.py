@@ -1,0 +1,225 @@
+"""The one training loop: mask learning with gates, continued pretraining and training from nothing without.
+
+`training_reports` reads as the method does; what each line means stands in `Trainer`.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from shearing.data.mixing import MixState, epoch_starts
+from shearing.data.mixture import MixtureState
+from shearing.evaluation.losses import LossSums, domain_loss_sums
+from shearing.training.batches import Batch, BatchStream
+from shearing.training.config import TrainingConfig
+from shearing.training.consumed import ConsumedSequences
+from shearing.training.engine import Engine
+from shearing.training.mask_learning import MaskLearner
+from shearing.training.schedule import learning_rate
+
+Report = dict[str, Any]
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is no longer a number; the last checkpoint is the last good state."""
+
+
+class MixtureClient(Protocol):
+    """Whoever turns the losses of all ranks into the next proportions, the same answer for every rank."""
+
+    def submit(self, step: int, base: MixtureState, sums: LossSums) -> MixtureState: ...
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a phase stands: all that a checkpoint holds besides tensors."""
+
+    step: int
+    mix: MixState
+    mixture: MixtureState
+
+    def to_json(self) -> dict[str, Any]:
+        return {"step": self.step, "mix": self.mix.to_json(), "mixture": self.mixture.model_dump(mode="json")}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "TrainState":
+        mixture = MixtureState.model_validate(value["mixture"])
+        return cls(value["step"], MixState.from_json(value["mix"]), mixture)
+
+
+def training_reports(trainer: "Trainer") -> Iterator[Report]:
+    """Run a phase from where it stands to its end, one report a step and one an evaluation."""
+    if trainer.state.step == 0:
+        yield trainer.evaluate(update=False)
+    while trainer.state.step < trainer.config.steps:
+        batch = trainer.next_batch()
+        trainer.open_gates()
+        losses = trainer.forward_backward(batch)
+        trainer.update_gates()
+        yield from trainer.epoch_reports(batch)
+        yield trainer.finish_step(batch, losses)
+        if trainer.evaluation_due():
+            yield trainer.evaluate(update=True)
+
+
+class Trainer:
+    """One phase on one rank. Every rank calls every method in the same order."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        engine: Engine,
+        stream: BatchStream,
+        mixture: MixtureClient,
+        held_out: dict[str, np.ndarray],
+        references: dict[str, float],
+        state: TrainState,
+        learner: MaskLearner | None = None,
+        micro_batch_sequences: int = 1,
+    ) -> None:
+        self.config, self.engine, self.stream, self.mixture = config, engine, stream, mixture
+        self.held_out, self.references = held_out, references
+        self.state, self.learner = state, learner
+        self.micro_batch_sequences = micro_batch_sequences
+        self.consumed = ConsumedSequences(stream.sequences)
+        self.domains = list(stream.sequences)
+        self.step_began_s = 0.0
+
+    def next_batch(self) -> Batch:
+        """This step's batch, and the reading of the next one begun where its proportions are settled."""
+        self.step_began_s = time.perf_counter()
+        step, proportions = self.state.step, self.state.mixture.proportions
+        torch.manual_seed(self.stream.seed * 1_000_003 + step * 4099 + self.stream.rank)
+        batch = self.stream.next(step, self.state.mix, proportions)
+        for draw, sequence_id in zip(batch.draws, batch.sequence_ids, strict=True):
+            epoch = draw.index // self.stream.sequences[draw.domain]
+            self.consumed.add(draw.domain, epoch, int(sequence_id))
+        after = step + 1
+        if after < self.config.steps and after % self.config.evaluate_every_steps:
+            self.stream.read_ahead(after, batch.mix, proportions)
+        return batch
+
+    def open_gates(self) -> None:
+        if self.learner:
+            self.learner.open(self.state.step)
+
+    def forward_backward(self, batch: Batch) -> torch.Tensor:
+        """Gradients and the weights' update. Returns [domains, 2]: this rank's loss sums in nats, and sequences."""
+        sums = torch.zeros(len(self.domains), 2, dtype=torch.float64)
+        self.engine.begin_update(learning_rate(self.config, self.state.step))
+        self.engine.model.train()
+        for draws, tokens_BT in batch.micro_batches(self.micro_batch_sequences):
+            tokens_BT = tokens_BT.to(self.engine.device, non_blocking=True)
+            loss_B = sequence_losses(self.engine.logits(tokens_BT), tokens_BT)
+            self.engine.accumulate(loss_B.mean())
+            for draw, loss in zip(draws, loss_B.detach().double().tolist(), strict=True):
+                sums[self.domains.index(draw.domain)] += torch.tensor([loss, 1.0], dtype=torch.float64)
+        return sums
+
+    def update_gates(self) -> None:
+        if self.learner:
+            self.learner.update(self.state.step)
+
+    def finish_step(self, batch: Batch, sums: torch.Tensor) -> Report:
+        """Count the step, and say what it did. Raises TrainingDivergedError for a loss that is not finite."""
+        total = sums.to(self.engine.device)
+        dist.all_reduce(total)
+        total = total.cpu()
+        loss = float(total[:, 0].sum() / total[:, 1].sum())
+        if not math.isfinite(loss):
+            raise TrainingDivergedError(
+                f"step {self.state.step}: the training loss is {loss}. Lower learning_rate "
+                f"(now {self.config.learning_rate:g}) or lengthen warmup_steps; the run can go on from its last checkpoint"
+            )
+        proportions = self.state.mixture.proportions
+        step = self.state.step + 1
+        step_s = time.perf_counter() - self.step_began_s
+        report: Report = {
+            "kind": "step",
+            "step": step,
+            "time": time.time(),
+            "tokens": step * self.config.global_batch_tokens,
+            "loss": loss,
+            "losses": {d: s / n for d, (s, n) in zip(self.domains, total.tolist(), strict=True) if n},
+            "learning_rate": learning_rate(self.config, self.state.step),
+            "gradient_norm": self.engine.gradient_norm(),
+            "tokens_per_s": self.config.global_batch_tokens / step_s,
+            "step_s": step_s,
+            "data_wait_s": batch.wait_s,
+            "proportions": proportions,
+            "drawn": batch.mix.drawn,
+        }
+        if self.learner:
+            report.update(self.learner.report(self.state.step))
+        self.state = replace(self.state, step=step, mix=batch.mix)
+        return report
+
+    def epoch_reports(self, batch: Batch) -> Iterator[Report]:
+        """One event for each domain that began to repeat in this batch."""
+        for start in epoch_starts(self.state.mix, batch.mix, self.stream.sequences):
+            text = f"{start.domain} begins epoch {start.epoch + 1}: its text is repeated from here"
+            yield event_report(self.state.step + 1, "next_epoch", text)
+
+    def evaluation_due(self) -> bool:
+        return self.state.step % self.config.evaluate_every_steps == 0 or self.state.step == self.config.steps
+
+    def settled(self, report: Report) -> bool:
+        """Whether `report` is the last of its step, so that the state may be saved."""
+        return report["kind"] == "evaluation" or (report["kind"] == "step" and not self.evaluation_due())
+
+    def checkpoint_due(self) -> bool:
+        step = self.state.step
+        return step > 0 and (step % self.config.checkpoint_every_steps == 0 or step == self.config.steps)
+
+    def evaluate(self, update: bool) -> Report:
+        """Held-out loss per domain; with `update` it moves the proportions of the steps after."""
+        began_s = time.perf_counter()
+        if self.learner:
+            self.learner.close()
+        sums = domain_loss_sums(
+            self.engine.model,
+            self.held_out,
+            self.micro_batch_sequences,
+            self.engine.device,
+            rank=self.stream.rank,
+            world=self.stream.world,
+            forward=self.engine.logits,
+        )
+        if update:
+            self.state = replace(self.state, mixture=self.mixture.submit(self.state.step, self.state.mixture, sums))
+        return {
+            "kind": "evaluation",
+            "step": self.state.step,
+            "time": time.time(),
+            "losses": summed_losses(sums, self.engine.device),
+            "references": self.references,
+            "proportions": self.state.mixture.proportions,
+            "version": self.state.mixture.version,
+            "seconds": time.perf_counter() - began_s,
+        }
+
+
+def event_report(step: int, event: str, text: str) -> Report:
+    """Something that happened once, for the log."""
+    return {"kind": "event", "step": step, "time": time.time(), "event": event, "text": text}
+
+
+def sequence_losses(logits_BTV: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss [B] of each sequence in nats a token, computed in float32."""
+    logits = logits_BTV[:, :-1].float().flatten(0, 1)
+    loss = functional.cross_entropy(logits, tokens_BT[:, 1:].flatten(), reduction="none")
+    return loss.view(tokens_BT.shape[0], -1).mean(dim=1)
+
+
+def summed_losses(sums: LossSums, device: torch.device) -> dict[str, float]:
+    """Loss per domain in nats a token over the shares of all ranks (collective)."""
+    total = torch.tensor([sums[domain] for domain in sums], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return {domain: float(s / n) for domain, (s, n) in zip(sums, total.tolist(), strict=True)}

@@ -1,0 +1,168 @@
+"""One phase of training from its description: model, engine, data and gates put together, saved and restored.
+
+Everything here runs the same in a plain process group and under Ray Train.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from shearing.config import Config
+from shearing.data.config import MixtureConfig
+from shearing.data.manifest import Split, load_manifest
+from shearing.data.mixing import MixState
+from shearing.data.mixture import initial_state
+from shearing.data.source import SequenceSource
+from shearing.evaluation.held_out import held_out_sequences
+from shearing.models.directories import local_directory
+from shearing.models.family import family_of, shape_of
+from shearing.models.loading import load_model, new_model, read_config
+from shearing.pruning.config import PruningConfig
+from shearing.pruning.gates import Gates
+from shearing.pruning.lagrangian import Lagrangian
+from shearing.pruning.masks import attach_gates
+from shearing.pruning.target import gate_groups, target_shape
+from shearing.storage import open_store
+from shearing.training.batches import BatchStream
+from shearing.training.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
+from shearing.training.config import EngineConfig, EvaluationConfig, TrainingConfig
+from shearing.training.engine import DTYPES, Engine, deepspeed_config, partitioned_loading
+from shearing.training.loop import MixtureClient, Trainer, TrainState
+from shearing.training.mask_learning import MaskLearner
+
+PhaseName = Literal["source", "pruning", "recovery", "scratch"]
+
+
+class PhaseConfig(Config):
+    """All that a worker needs to know of its phase; plain values, so that it travels to any node."""
+
+    name: PhaseName
+    model: str
+    fresh: bool = False
+    trust_remote_code: bool = False
+    training: PruningConfig | TrainingConfig
+    engine: EngineConfig
+    evaluation: EvaluationConfig
+    corpus: str
+    split: Split
+    proportions: dict[str, float]
+    mixture: MixtureConfig
+    references: dict[str, float]
+    seed: int
+
+    @property
+    def pruning(self) -> PruningConfig | None:
+        return self.training if isinstance(self.training, PruningConfig) else None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many ranks this is, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def build_trainer(
+    phase: PhaseConfig, place: Place, source: SequenceSource, mixture: MixtureClient
+) -> Trainer:
+    """Put a phase together at its first step. `restore` then moves it to a checkpoint's."""
+    corpus = open_store(phase.corpus)
+    manifest = load_manifest(corpus)
+    domains = list(phase.proportions)
+    batch_sequences = phase.training.global_batch_tokens // manifest.sequence_tokens
+    accumulation_steps = batch_sequences // (place.world * phase.engine.micro_batch_sequences)
+    if accumulation_steps * place.world * phase.engine.micro_batch_sequences != batch_sequences:
+        raise ValueError(
+            f"a global batch of {batch_sequences} sequences does not divide over {place.world} workers of "
+            f"{phase.engine.micro_batch_sequences} sequences a micro-batch; change engine.workers, "
+            f"engine.micro_batch_sequences or {phase.name}.global_batch_tokens"
+        )
+    config = deepspeed_config(phase.training, phase.engine, accumulation_steps)
+    kept = partitioned_loading(config)
+    torch.manual_seed(phase.seed)
+    dtype, folder = DTYPES[phase.engine.dtype], local_directory(phase.model)
+    if phase.fresh:
+        model = new_model(read_config(folder), dtype, phase.seed)
+    else:
+        model = load_model(folder, dtype, phase.trust_remote_code)
+    if phase.engine.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    learner = _mask_learner(phase, model, place)
+    engine = Engine(model, phase.training, config, place.device)
+    del kept
+    sequences = {domain: manifest.domains[domain][phase.split].sequences for domain in domains}
+    held_out = held_out_sequences(corpus, phase.evaluation.sequences_per_domain)
+    repeats = phase.mixture.on_exhausted == "next_epoch"
+    stream = BatchStream(source, sequences, batch_sequences, phase.seed, place.rank, place.world, repeats)
+    start = initial_state(phase.mixture, phase.proportions)
+    return Trainer(
+        phase.training,
+        engine,
+        stream,
+        mixture,
+        {domain: held_out[domain] for domain in domains},
+        phase.references,
+        TrainState(0, MixState.start(domains), start),
+        learner,
+        phase.engine.micro_batch_sequences,
+    )
+
+
+def _mask_learner(phase: PhaseConfig, model: torch.nn.Module, place: Place) -> MaskLearner | None:
+    config = phase.pruning
+    if config is None:
+        return None
+    model_config = read_config(local_directory(phase.model))
+    family, shape = family_of(model_config), shape_of(model_config)
+    groups = gate_groups(shape, target_shape(shape, config.target), config.gates.groups)
+    gates = Gates(groups, config.gates.initial_log_alpha, config.gates.initial_log_alpha_std, phase.seed)
+    gates.to(place.device)
+    lagrangian = Lagrangian(groups, config.gates.sparsity_warmup_steps, config.gates.start_sparsity)
+    lagrangian.to(place.device)
+    return MaskLearner(gates, lagrangian, attach_gates(model, family), config, phase.seed, place.rank)
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    """Write this rank's part of a checkpoint (collective). Raises SequenceRepeatedError if data came twice."""
+    consumed = merged_bitmaps(trainer)
+    for domain in trainer.domains:
+        drawn = trainer.state.mix.drawn[domain]
+        trainer.consumed.check(domain, consumed, drawn)
+    arrays: dict[str, dict[str, Any]] = {"consumed": consumed}
+    if trainer.learner:
+        arrays["gates"] = trainer.learner.tensors()
+    save_checkpoint(trainer.engine, folder, trainer.state.to_json(), arrays)
+
+
+def restore(trainer: Trainer, reader: CheckpointReader) -> None:
+    """Move a freshly built trainer to where a checkpoint stands, whatever workers wrote it (collective)."""
+    trainer.state = TrainState.from_json(reader.state())
+    load_checkpoint(trainer.engine, reader, trainer.state.step)
+    if trainer.learner:
+        trainer.learner.load({name: torch.from_numpy(value) for name, value in reader.arrays("gates").items()})
+    if trainer.stream.rank == 0:  # one rank keeps the past; sums over ranks are the whole
+        trainer.consumed.load(reader.arrays("consumed"))
+
+
+def merged_bitmaps(trainer: Trainer) -> dict[str, np.ndarray]:
+    """The bitmaps of all ranks together, by `domain/epoch` (collective).
+
+    They are added, byte by byte: bits of different ranks never coincide, and where they did the carry gives a count
+    that `ConsumedSequences.check` refuses.
+    """
+    mine = trainer.consumed.tensors()
+    names: list[list[str]] = [[] for _ in range(trainer.stream.world)]
+    dist.all_gather_object(names, sorted(mine))
+    merged = {}
+    for name in sorted({name for part in names for name in part}):
+        size = -(-trainer.stream.sequences[name.rpartition("/")[0]] // 8)
+        bitmap = torch.from_numpy(mine.get(name, np.zeros(size, dtype=np.uint8)).copy()).to(trainer.engine.device)
+        dist.all_reduce(bitmap)
+        merged[name] = bitmap.cpu().numpy()
+    return merged

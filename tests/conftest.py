@@ -1,0 +1,28 @@
+import contextlib
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One embedded Ray for all tests that need it: eight logical CPUs, and as quiet and quick as a run's own."""
+    import ray
+
+    from orchestrator.ray_session import ENVIRONMENT
+
+    # Ray keeps its sockets below this folder, and a socket's path may be 107 characters long
+    with tempfile.TemporaryDirectory(prefix="shear-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            address="local",
+            num_cpus=8,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=folder,
+            runtime_env={"env_vars": ENVIRONMENT},
+        )
+        yield
+        with contextlib.suppress(Exception):
+            ray.shutdown()

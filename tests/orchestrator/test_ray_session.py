@@ -1,0 +1,119 @@
+import subprocess
+import sys
+
+import pytest
+from recipes_for_tests import tiny_recipe
+
+from orchestrator.ray_session import cluster_problems, logical_cpus
+
+STARTED = """
+import io, signal, sys
+from orchestrator.console import Console
+from orchestrator.ray_session import RaySession, _is_autoscaling
+from orchestrator.recipe_loading import load_recipe
+recipe = load_recipe(sys.argv[1], ["engine.workers=3", "engine.cpus_per_worker=2"])
+mine = lambda *_: None
+signal.signal(signal.SIGTERM, mine)
+with RaySession(recipe) as session:
+    session.start(Console(io.StringIO()))
+    session.start(Console(io.StringIO()))
+    import ray
+    from ray.data import DataContext
+    assert signal.getsignal(signal.SIGTERM) is mine, "Ray's handler would end the run without a word"
+    assert ray.cluster_resources()["CPU"] >= 10, "workers, actors and read tasks do not fit"
+    assert DataContext.get_current().execution_no_progress_timeout_s == -1
+    assert not DataContext.get_current().enable_progress_bars
+    assert not _is_autoscaling()
+    value = ray.get(ray.remote(lambda: __import__("os").environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]).remote())
+    assert value == "0.2", "each report of a worker would block for two seconds"
+assert not ray.is_initialized()
+print("fine")
+"""
+
+
+JOINED = """
+import io, sys
+from orchestrator.console import Console
+from orchestrator.ray_session import RaySession
+from orchestrator.recipe_loading import load_recipe
+from shearing.errors import UserError
+stream = io.StringIO()
+with RaySession(load_recipe(sys.argv[1], [])) as session:
+    session.start(Console(stream))
+    import ray
+    assert ray.cluster_resources()["CPU"] == 3, "another Ray than the cluster's"
+assert "joining the Ray cluster" in stream.getvalue()
+try:
+    with RaySession(load_recipe(sys.argv[1], ["engine.workers=8"])) as session:
+        session.start(Console(stream))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return lambda *overrides: tiny_recipe(tmp_path, *overrides)
+
+
+def test_a_cluster_that_holds_the_workers_is_enough(recipe):
+    assert cluster_problems(recipe(), {"CPU": 2.0}).problems == []
+
+
+def test_more_workers_than_the_cluster_has_are_refused(recipe):
+    """Ray waits for resources for ever, or fails after a minute with a timeout that names no knob."""
+    (problem,) = cluster_problems(recipe("engine.workers=8", "engine.cpus_per_worker=2"), {"CPU": 8.0}).problems
+    assert "need 16 CPUs; the cluster has 8. Set engine.workers=4, or add nodes." in problem
+
+
+def test_gpus_are_asked_of_the_cluster(recipe):
+    (problem,) = cluster_problems(recipe("engine.gpus_per_worker=1"), {"CPU": 8.0}).problems
+    assert "need 2 GPUs; the cluster has 0. Set engine.gpus_per_worker to at most 0" in problem
+
+
+def test_workers_that_take_every_cpu_are_refused(recipe):
+    """Read tasks need one CPU: without it training waits for data for ever."""
+    (problem,) = cluster_problems(recipe("engine.cpus_per_worker=1"), {"CPU": 2.0}).problems
+    assert "Set engine.cpus_per_worker=0.5" in problem
+
+
+def test_a_cluster_that_grows_is_only_warned_about(recipe):
+    found = cluster_problems(recipe("engine.workers=8"), {"CPU": 1.0}, autoscaling=True)
+    assert found.problems == []
+    assert len(found.warnings) == 1
+
+
+def test_an_embedded_ray_declares_enough_for_everyone(recipe):
+    assert logical_cpus(recipe("engine.workers=3", "engine.cpus_per_worker=2")) >= 3 * 2 + 2 + 2
+
+
+def test_a_session_starts_once_quietly_and_ends(tmp_path, recipe):
+    recipe()
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED, str(tmp_path / "tiny.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.stdout == "fine\n", done.stderr
+    assert done.stderr == ""
+
+
+def test_a_session_joins_the_cluster_that_the_environment_names(tmp_path, recipe):
+    """A run meant for the cluster that quietly starts its own Ray trains on the head node alone."""
+    recipe()
+    program = (
+        "import os, subprocess, sys\nfrom ray.cluster_utils import Cluster\n"
+        "cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 3, 'include_dashboard': False})\n"
+        "try:\n"
+        "    done = subprocess.run([sys.executable, '-c', sys.argv[1], sys.argv[2]], capture_output=True, text=True,\n"
+        "        env=os.environ | {'RAY_ADDRESS': cluster.address})\n"
+        "finally:\n    cluster.shutdown()\nprint(done.stdout, done.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, JOINED, str(tmp_path / "tiny.yaml")],
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert "engine.workers = 8 with engine.cpus_per_worker = 0.5 need 4 CPUs; the cluster has 3." in done.stdout, done
+    assert "Traceback" not in done.stdout

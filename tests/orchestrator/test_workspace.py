@@ -1,0 +1,112 @@
+import signal
+import subprocess
+import sys
+
+import pytest
+from recipes_for_tests import tiny_recipe
+
+from orchestrator.recipe_loading import load_recipe
+from orchestrator.workspace import Workspace, fingerprint, open_workspace, workspace_uri
+from orchestrator.workspace_lock import STAMP_NAME, lock_workspace
+from shearing.errors import UserError
+from shearing.storage import open_store
+
+HOLD = """
+import sys
+from orchestrator.workspace_lock import lock_workspace
+from shearing.storage import open_store
+with lock_workspace(open_store(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(open_store(str(tmp_path / "run")))
+
+
+def hold(folder):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().strip() == "held"
+    return process
+
+
+def test_a_mark_goes_from_begun_to_finished(workspace):
+    assert workspace.mark("corpus") is None
+    begun = workspace.begin("corpus", {"recipe": {"a": 1}, "stages": {}})
+    assert workspace.mark("corpus").finished is None
+    workspace.interrupted(begun, 3.0)
+    again = workspace.begin("corpus", {"recipe": {"a": 1}, "stages": {}})
+    done = workspace.finish(again, {"path": "x"}, 2.0)
+    assert workspace.mark("corpus") == done
+    assert done.started == begun.started
+    assert done.seconds == 5.0  # all attempts
+    assert done.outputs == {"path": "x"}
+    assert list(workspace.marks()) == ["corpus"]
+
+
+def test_a_mark_on_other_inputs_starts_afresh(workspace):
+    first = workspace.begin("corpus", {"recipe": {"a": 1}, "stages": {}})
+    workspace.interrupted(first, 3.0)
+    second = workspace.begin("corpus", {"recipe": {"a": 2}, "stages": {}})
+    assert second.inputs != first.inputs
+    assert second.seconds is None
+
+
+def test_a_fingerprint_knows_values_and_not_the_order_of_keys():
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 1.5})
+    assert fingerprint({"a": [1, 2]}) != fingerprint({"a": [2, 1]})
+
+
+def test_the_recipe_recorded_is_the_recipe(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    workspace = open_workspace(recipe)
+    workspace.record(recipe)
+    assert load_recipe(workspace.store.locate("recipe.yaml"), []) == recipe
+    assert workspace.store.read_json("versions.json")["ray"][0].isdigit()
+
+
+def test_a_run_lies_under_runs_unless_told(tmp_path):
+    recipe = tiny_recipe(tmp_path, "workspace=null")
+    assert workspace_uri(recipe) == "runs/tiny"
+
+
+def test_a_second_driver_is_kept_out(workspace):
+    """Two drivers in one workspace write one another's checkpoints over."""
+    other = hold(workspace.store.path)
+    try:
+        with pytest.raises(UserError, match=f"process {other.pid} on "), lock_workspace(workspace.store):
+            pass
+    finally:
+        other.communicate("")
+    with lock_workspace(workspace.store):
+        pass
+
+
+def test_a_killed_driver_leaves_no_lock(workspace):
+    """A lock file that outlives kill -9 makes every resume a manual repair."""
+    other = hold(workspace.store.path)
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    with lock_workspace(workspace.store):
+        pass
+
+
+def test_a_remote_workspace_holds_a_stamp_while_it_is_in_use():
+    store = open_store("memory://bucket/locked")
+    with lock_workspace(store):
+        assert store.exists(STAMP_NAME)
+        with pytest.raises(UserError, match="another driver is at work"), lock_workspace(store):
+            pass
+    assert not store.exists(STAMP_NAME)
+
+
+def test_an_old_remote_stamp_is_a_dead_driver():
+    store = open_store("memory://bucket/stale")
+    store.write_json(STAMP_NAME, {"host": "elsewhere", "pid": 1, "time": 0})
+    with lock_workspace(store):
+        assert store.read_json(STAMP_NAME)["host"] != "elsewhere"

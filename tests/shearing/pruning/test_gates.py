@@ -1,0 +1,323 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shearing.pruning.config import GatesConfig
+from shearing.pruning.gates import (
+    LOG_ALPHA_LIMIT,
+    Gates,
+    deterministic_gates,
+    open_probability,
+    sample_gates,
+    soft_scores,
+)
+from shearing.pruning.lagrangian import (
+    Lagrangian,
+    build_gate_optimizer,
+    constraint,
+    final_gaps,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    ramped_sparsity,
+    sparsity_metrics,
+    unconverged,
+)
+from shearing.pruning.target import GroupSpec
+
+GOLDEN = Path(__file__).parents[4] / "shared/golden/gates"
+STATES = ("init", "spread", "trained_like")
+# The published gates' names of what our groups' gates multiply.
+Z_NAMES = {
+    "head": ["head_z"],
+    "intermediate": ["intermediate_z"],
+    "hidden": ["hidden_z"],
+    "layer": ["head_layer_z", "mlp_z"],
+    "head_layer": ["head_layer_z"],
+    "mlp": ["mlp_z"],
+}
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden gates beside this checkout")
+
+
+def small_groups():
+    return {
+        "layer": GroupSpec(4, 3),
+        "hidden": GroupSpec(64, 48),
+        "head": GroupSpec(4, 3, 4),
+        "intermediate": GroupSpec(172, 128, 4),
+    }
+
+
+@pytest.fixture(scope="module", params=["l0_A_paper", "l0_A_layersep_notarget"])
+def golden(request):
+    tensors = np.load(GOLDEN / f"{request.param}.npz")
+    return json.loads((GOLDEN / f"{request.param}.json").read_text()), {k: torch.tensor(tensors[k]) for k in tensors}
+
+
+def _groups(golden, state):
+    return [name.rsplit("/", 1)[1] for name in golden[1] if name.startswith(f"{state}/z_loga/")]
+
+
+class TestAgainstThePublishedNumbers:
+    """Figures computed with the published implementation; catches any constant or formula that is off."""
+
+    pytestmark = needs_golden
+
+    @pytest.mark.parametrize("state", STATES)
+    def test_sampled_gates_and_their_gradients(self, golden, state):
+        _, tensors = golden
+        for group in _groups(golden, state):
+            log_alpha = tensors[f"{state}/z_loga/{group}"].requires_grad_()
+            z = sample_gates(log_alpha, tensors[f"{state}/eps/{group}"])
+            for name in Z_NAMES[group]:
+                torch.testing.assert_close(z, tensors[f"{state}/z_sample/{name}"].reshape(z.shape), atol=1e-5, rtol=0)
+            weight = sum(tensors[f"{state}/grad_w/{name}"].reshape(z.shape) for name in Z_NAMES[group])
+            (grad,) = torch.autograd.grad((weight * z).sum(), log_alpha)
+            torch.testing.assert_close(grad, tensors[f"{state}/grad_zloga_of_wz/{group}"], atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("state", STATES)
+    @pytest.mark.parametrize("exact", [True, False])
+    def test_deterministic_gates(self, golden, state, exact):
+        info, tensors = golden
+        for group in _groups(golden, state):
+            target = info["masks"][group]["target_mask_size"] if exact else None
+            if exact and target is None:
+                continue
+            z = deterministic_gates(tensors[f"{state}/z_loga/{group}"], target)
+            for name in Z_NAMES[group]:
+                theirs = tensors[f"{state}/z_det_eval_target_{exact}/{name}"].reshape(z.shape)
+                if state == "init":  # all scores are equal there, so only counts compare
+                    assert torch.equal(z.count_nonzero(-1), theirs.count_nonzero(-1))
+                else:
+                    torch.testing.assert_close(z, theirs, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("state", STATES)
+    def test_expected_size(self, golden, state):
+        _, tensors = golden
+        for group in _groups(golden, state):
+            p = open_probability(tensors[f"{state}/z_loga/{group}"])
+            torch.testing.assert_close(p, tensors[f"{state}/expected_score/{group}"], atol=1e-5, rtol=0)
+            torch.testing.assert_close(1 - p.mean(-1), tensors[f"{state}/expected_sparsity/{group}"], atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("state", STATES)
+    def test_constraint_and_its_gradients_with_a_target_shape(self, state):
+        info = json.loads((GOLDEN / "l0_A_paper.json").read_text())
+        tensors = np.load(GOLDEN / "l0_A_paper.npz")
+        groups = small_groups()
+        lagrangian = Lagrangian(groups, info["lagrangian_warmup_steps"])
+        gates = Gates(groups)
+        with torch.no_grad():
+            for name in groups:
+                lagrangian.linear[name].fill_(info["lambdas"][f"lambda_1_{name}"])
+                lagrangian.quadratic[name].fill_(info["lambdas"][f"lambda_2_{name}"])
+                gates.log_alpha[name].copy_(torch.tensor(tensors[f"{state}/z_loga/{name}"]))
+        for step in info["steps"]:
+            theirs = info["states"][state]["lagrangian"][str(step)]
+            assert lagrangian.loss(gates.expected_sparsity(), step).item() == pytest.approx(theirs["loss"], abs=1e-5)
+            for name, target in lagrangian.target_sparsity(step).items():
+                assert target == pytest.approx(theirs["info"][f"target_{name}_sparsity"], abs=1e-7)
+        lagrangian.loss(gates.expected_sparsity(), 50).backward()
+        multipliers = info["states"][state]["lag50_grad_lambda"]
+        for name in groups:
+            expected = torch.tensor(tensors[f"{state}/lag50_grad_zloga/{name}"])
+            torch.testing.assert_close(gates.log_alpha[name].grad, expected, atol=1e-5, rtol=0)
+            assert float(lagrangian.linear[name].grad) == pytest.approx(multipliers[f"lambda_1_{name}"], abs=1e-5)
+            assert float(lagrangian.quadratic[name].grad) == pytest.approx(multipliers[f"lambda_2_{name}"], abs=1e-5)
+
+    @pytest.mark.parametrize("state", STATES)
+    def test_constraint_on_one_overall_sparsity(self, state):
+        info = json.loads((GOLDEN / "l0_A_layersep_notarget.json").read_text())
+        linear, quadratic = (torch.tensor(info["lambdas"][name]) for name in ("lambda_1", "lambda_2"))
+        for step in info["steps"]:
+            theirs = info["states"][state]["lagrangian"][str(step)]
+            target = ramped_sparsity(
+                info["target_sparsity"],
+                step,
+                info["lagrangian_warmup_steps"],
+                info["config"]["l0_module"]["start_sparsity"],
+            )
+            assert target == pytest.approx(theirs["target_sparsity_global"])
+            expected = torch.tensor(theirs["info"]["expected_sparsity"])
+            loss = float(constraint(expected, target, linear, quadratic))
+            assert loss == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+class TestFormulas:
+    """The same formulas on constants worked out by hand (with bc, from exp and log alone)."""
+
+    def test_open_probability_is_where_the_stretched_variable_leaves_zero(self):
+        # P(z > 0) = sigmoid(log_alpha + 2/3 log 11); 2/3 log 11 = 1.598596849
+        assert float(open_probability(torch.tensor(0.0))) == pytest.approx(0.831822184, abs=1e-6)
+        assert float(open_probability(torch.tensor(-2.0))) == pytest.approx(0.400975264, abs=1e-6)
+
+    def test_open_probability_is_the_share_of_samples_above_zero(self):
+        """Catches a sample and a probability that do not belong together."""
+        gates = Gates({"hidden": GroupSpec(200_000, 1)}, initial_log_alpha=-1.0, initial_log_alpha_std=0.0)
+        z = gates.sample(gates.noise(seed=3, step=0))["hidden"]
+        expected = float(open_probability(torch.tensor(-1.0)))
+        assert float((z > 0).float().mean()) == pytest.approx(expected, abs=4 * math.sqrt(0.25 / 200_000))
+
+    def test_sample_of_given_noise(self):
+        # u = 0.3, log_alpha = 0.5: s = sigmoid((log(3/7) + 0.5) / (2/3)) = 0.3726309; z = 1.2 s - 0.1
+        s = 1 / (1 + math.exp(-(math.log(0.3 / 0.7) + 0.5) * 1.5))
+        z = sample_gates(torch.tensor(0.5), torch.tensor(0.3))
+        assert float(z) == pytest.approx(1.2 * s - 0.1, abs=1e-6)
+        assert float(z) == pytest.approx(0.3471570, abs=1e-6)
+
+    def test_soft_score(self):
+        assert float(soft_scores(torch.tensor(1.0))) == pytest.approx(1 / (1 + math.exp(-1.2)), abs=1e-6)
+
+    def test_smallest_are_closed_row_by_row(self):
+        """Catches a top-k over the whole group instead of every row."""
+        log_alpha = torch.tensor([[4.0, 3.0, 2.0, 1.0], [-4.0, -1.0, -3.0, -2.0]])
+        z = deterministic_gates(log_alpha, target=2)
+        assert (z != 0).tolist() == [[True, True, False, False], [False, True, False, True]]
+        kept = z != 0
+        torch.testing.assert_close(z[kept], soft_scores(log_alpha)[kept])
+
+    def test_expected_size_is_rounded(self):
+        # P = sigmoid(4.6 + 1.6) three times and sigmoid(-4.6 + 1.6) = 0.047 three times: 3.13 units expected
+        log_alpha = torch.tensor([4.6, -4.6, 4.6, -4.6, 4.6, -4.6])
+        assert int(deterministic_gates(log_alpha).count_nonzero()) == 3
+
+    def test_equal_scores_still_give_the_exact_size(self):
+        """Catches a threshold instead of a ranking."""
+        assert int(deterministic_gates(torch.zeros(7), target=5).count_nonzero()) == 5
+
+
+class TestGates:
+    def test_start_distinct_and_below_the_clamp(self):
+        gates = Gates(small_groups(), initial_log_alpha=3.0, initial_log_alpha_std=0.1, seed=5)
+        for log_alpha in gates.log_alpha.values():
+            assert log_alpha.dtype == torch.float32
+            assert len(log_alpha.detach().reshape(-1).unique()) > 0.99 * log_alpha.numel()
+            assert log_alpha.max().item() < LOG_ALPHA_LIMIT
+
+    def test_same_seed_same_start(self):
+        first, second, other = (Gates(small_groups(), seed=seed) for seed in (1, 1, 2))
+        assert all(torch.equal(first.log_alpha[name], second.log_alpha[name]) for name in small_groups())
+        assert not torch.equal(first.log_alpha["hidden"], other.log_alpha["hidden"])
+
+    def test_noise_is_a_function_of_seed_step_and_rank(self):
+        """Catches noise from global random state, and one rank's noise given to another."""
+        gates = Gates(small_groups())
+        draws = [gates.noise(1, 2), gates.noise(1, 2), gates.noise(1, 3), gates.noise(2, 2), gates.noise(1, 2, rank=0)]
+        draws += [gates.noise(1, 2, rank=1)]
+        assert torch.equal(draws[0]["hidden"], draws[1]["hidden"])
+        for other in draws[2:]:
+            assert not torch.equal(draws[0]["hidden"], other["hidden"])
+        assert not torch.equal(draws[4]["hidden"], draws[5]["hidden"])
+        assert all(float(u.min()) >= 1e-6 and float(u.max()) <= 1 - 1e-6 for draw in draws for u in draw.values())
+
+    def test_clamp(self):
+        gates = Gates({"hidden": GroupSpec(2, 1)})
+        with torch.no_grad():
+            gates.log_alpha["hidden"].copy_(torch.tensor([9.0, -9.0]))
+        gates.clamp_()
+        assert gates.log_alpha["hidden"].tolist() == pytest.approx([math.log(100), -math.log(100)])
+
+    def test_undecided_counts_gates_between(self):
+        gates = Gates({"hidden": GroupSpec(4, 1)})
+        with torch.no_grad():
+            gates.log_alpha["hidden"].copy_(torch.tensor([4.0, -4.605, 0.0, -1.6]))
+        assert gates.undecided() == {"hidden": 2}
+
+    def test_state_is_plain_tensors(self):
+        gates = Gates(small_groups(), seed=1)
+        state = {name: tensor.clone() for name, tensor in gates.state_dict().items()}
+        assert all(type(tensor) is torch.Tensor for tensor in state.values())
+        fresh = Gates(small_groups(), seed=2)
+        fresh.load_state_dict(state)
+        assert all(torch.equal(fresh.log_alpha[name], gates.log_alpha[name]) for name in small_groups())
+
+
+class TestConstraint:
+    def test_ramp(self):
+        assert [ramped_sparsity(0.5, step, 100, 0.1) for step in (0, 50, 100, 900)] == pytest.approx(
+            [0.1, 0.3, 0.5, 0.5]
+        )
+        assert ramped_sparsity(0.5, 0, 0) == 0.5
+
+    def test_mean_over_layers_of_hand_worked_gaps(self):
+        """Catches a sum over layers, and a square of the mean instead of a mean of squares."""
+        loss = constraint(torch.tensor([0.5, 0.1]), 0.2, torch.tensor(2.0), torch.tensor(10.0))
+        assert float(loss) == pytest.approx((2 * 0.3 + 10 * 0.09 + 2 * -0.1 + 10 * 0.01) / 2)
+
+    def test_optimiser_reaches_the_target_and_says_so(self):
+        """Catches multipliers that descend, a missing clamp and gates that drift past the target."""
+        groups = small_groups()
+        gates, lagrangian = Gates(groups, seed=1), Lagrangian(groups, sparsity_warmup_steps=20)
+        optimizer = build_gate_optimizer(gates, lagrangian, GatesConfig(learning_rate=0.1))
+        pull = {
+            name: torch.randn(spec.shape, generator=torch.Generator().manual_seed(4)) for name, spec in groups.items()
+        }
+        assert unconverged(gates, 0.01)
+        for step in range(400):
+            z = gates.sample(gates.noise(0, step))
+            value = sum((0.02 * pull[name] * z[name]).sum() for name in groups)  # some units are worth keeping
+            optimizer.zero_grad()
+            (value + lagrangian.loss(gates.expected_sparsity(), step)).backward()
+            optimizer.step()
+            assert all(a.abs().max().item() <= LOG_ALPHA_LIMIT + 1e-6 for a in gates.log_alpha.values())
+        assert any(multiplier.item() != 0 for multiplier in lagrangian.linear.values())
+        metrics = sparsity_metrics(gates, lagrangian, 400)
+        for name, spec in groups.items():
+            assert metrics[name]["target"] == pytest.approx(spec.target_sparsity)
+            assert metrics[name]["largest_layer_gap"] == pytest.approx(max(final_gaps(gates)[name]), abs=1e-6)
+            assert metrics[name]["largest_layer_gap"] < 0.1, name
+
+    def test_multipliers_ascend_by_exactly_the_learning_rate_at_first(self):
+        gates, lagrangian = Gates(small_groups()), Lagrangian(small_groups())
+        optimizer = build_gate_optimizer(gates, lagrangian, GatesConfig(learning_rate=0.5))
+        lagrangian.loss(gates.expected_sparsity(), 0).backward()
+        optimizer.step()
+        # expected is below target, so the gap is negative and ascent makes the linear multiplier negative
+        assert float(lagrangian.linear["hidden"]) == pytest.approx(-0.5, rel=1e-4)
+        assert float(lagrangian.quadratic["hidden"]) == pytest.approx(0.5, rel=1e-4)
+
+    def test_unconverged_names_the_layers(self):
+        groups = {"head": GroupSpec(4, 2, 2)}
+        gates = Gates(groups)
+        with torch.no_grad():
+            gates.log_alpha["head"].copy_(torch.tensor([[4.6, 4.6, -4.6, -4.6], [4.6, 4.6, 4.6, 4.6]]))
+        (message,) = unconverged(gates, 0.05)
+        assert "'head'" in message
+        assert "1 of 2 layers (layer 1: 0.49" in message
+
+    def test_optimiser_state_goes_through_tensors_exactly(self):
+        """Catches state lost or given to another parameter: the next steps must be bitwise the same."""
+
+        def steps(gates, lagrangian, optimizer, numbers):
+            for step in numbers:
+                optimizer.zero_grad()
+                z = gates.sample(gates.noise(0, step))
+                loss = sum((gate * gate).sum() for gate in z.values()) * 1e-2
+                (loss + lagrangian.loss(gates.expected_sparsity(), step)).backward()
+                optimizer.step()
+
+        def made():
+            gates, lagrangian = Gates(small_groups(), seed=3), Lagrangian(small_groups(), 10)
+            return gates, lagrangian, build_gate_optimizer(gates, lagrangian, GatesConfig(learning_rate=0.1))
+
+        gates, lagrangian, optimizer = made()
+        steps(gates, lagrangian, optimizer, range(3))
+        saved = optimizer_tensors(optimizer)
+        assert all(type(tensor) is torch.Tensor for tensor in saved.values())
+        other_gates, other_lagrangian, other_optimizer = made()
+        other_gates.load_state_dict(gates.state_dict())
+        other_lagrangian.load_state_dict(lagrangian.state_dict())
+        load_optimizer_tensors(other_optimizer, saved)
+        steps(gates, lagrangian, optimizer, range(3, 6))
+        steps(other_gates, other_lagrangian, other_optimizer, range(3, 6))
+        for ours, theirs in ((gates, other_gates), (lagrangian, other_lagrangian)):
+            for name, tensor in ours.state_dict().items():
+                assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+    def test_optimiser_state_of_other_groups_is_refused(self):
+        gates, lagrangian = Gates(small_groups()), Lagrangian(small_groups())
+        optimizer = build_gate_optimizer(gates, lagrangian, GatesConfig())
+        with pytest.raises(ValueError, match=r"log_alpha\.attic"):
+            load_optimizer_tensors(optimizer, {"log_alpha.attic/exp_avg": torch.zeros(1)})

@@ -1,0 +1,99 @@
+import pytest
+
+from shearing.models.family import FAMILIES
+from shearing.models.shape import Shape, TargetShape
+from shearing.pruning.target import check_target, gate_groups, target_shape
+
+LLAMA_7B = Shape(num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=32, head_size=128, intermediate_size=11008)
+MISTRAL_7B = LLAMA_7B.model_copy(update={"num_kv_heads": 8, "intermediate_size": 14336})
+
+
+def problems(source=LLAMA_7B, groups=None, family="llama", **target):
+    return check_target(FAMILIES[family], source, TargetShape(**target), groups)
+
+
+class TestGoodTargets:
+    def test_the_papers(self):
+        """2.7B: 32 layers, hidden 2560, intermediate 6912, 20 heads."""
+        target = TargetShape(hidden_size=2560, num_heads=20, intermediate_size=6912)
+        assert check_target(FAMILIES["llama"], LLAMA_7B, target) == []
+        shape = target_shape(LLAMA_7B, target)
+        assert shape.num_kv_heads == 20  # every head has its own key and value
+        groups = gate_groups(LLAMA_7B, shape)
+        assert {name: (spec.shape, spec.target) for name, spec in groups.items()} == {
+            "hidden": ((4096,), 2560),
+            "head": ((32, 32), 20),
+            "intermediate": ((32, 11008), 6912),
+        }
+        assert groups["hidden"].target_sparsity == pytest.approx(0.375)
+
+    def test_whole_groups_go_with_their_queries(self):
+        target = TargetShape(num_heads=16, num_kv_heads=4)
+        assert check_target(FAMILIES["mistral"], MISTRAL_7B, target) == []
+        groups = gate_groups(MISTRAL_7B, target_shape(MISTRAL_7B, target))
+        assert {name: (spec.shape, spec.target) for name, spec in groups.items()} == {"kv_head": ((32, 8), 4)}
+
+    def test_queries_go_inside_every_group(self):
+        groups = gate_groups(MISTRAL_7B, target_shape(MISTRAL_7B, TargetShape(num_heads=24)))
+        assert {name: (spec.shape, spec.target) for name, spec in groups.items()} == {"head": ((32, 4), 3)}
+
+    def test_both(self):
+        groups = gate_groups(MISTRAL_7B, target_shape(MISTRAL_7B, TargetShape(num_heads=8, num_kv_heads=4)))
+        assert {name: (spec.shape, spec.target) for name, spec in groups.items()} == {
+            "head": ((32, 4), 2),
+            "kv_head": ((32, 8), 4),
+        }
+
+    def test_a_group_asked_for_without_change_keeps_all(self):
+        shape = target_shape(LLAMA_7B, TargetShape(hidden_size=2560))
+        assert gate_groups(LLAMA_7B, shape, ["hidden", "layer"])["layer"].target_sparsity == 0
+
+
+class TestProblems:
+    def test_all_that_is_larger_at_once(self):
+        """Catches a check that stops at the first problem."""
+        found = problems(hidden_size=8192, num_layers=40)
+        assert len(found) == 2
+        assert "pruning.target.num_layers = 40 is larger than the source's 32" in found[0]
+        assert "Set pruning.target.hidden_size to 4096 or less" in found[1]
+
+    def test_heads_that_groups_do_not_divide(self):
+        (found,) = problems(MISTRAL_7B, family="mistral", num_heads=18)
+        assert found == (
+            "pruning.target.num_heads = 18 is not a multiple of num_kv_heads = 8; allowed: 8, 16, 24, 32. "
+            "Set pruning.target.num_heads=16."
+        )
+
+    def test_fewer_groups_with_more_queries_each(self):
+        """Catches a target with heads in no group of the source: only num_kv_heads was lowered."""
+        (found,) = problems(MISTRAL_7B, family="mistral", num_kv_heads=4)
+        assert "num_heads = 32 (the source's, since the target leaves it out)" in found
+        assert "allowed: 4, 8, 12, 16. Set pruning.target.num_heads=16." in found
+
+    def test_multi_head_attention_stays_multi_head(self):
+        (found,) = problems(num_heads=16, num_kv_heads=8)
+        assert "num_kv_heads = 8 differs from num_heads = 16" in found
+
+    def test_hidden_size_that_the_config_class_refuses(self):
+        """Catches a target whose extraction could not be loaded: found only after hours of training."""
+        (found,) = problems(hidden_size=2048, num_heads=20)
+        assert "hidden_size = 2048 is not a multiple of num_heads = 20" in found
+        assert "Set pruning.target.hidden_size=2040." in found
+        assert problems(family="qwen2", hidden_size=2048, num_heads=20) == []
+
+    def test_nothing_to_prune(self):
+        (found,) = problems(hidden_size=4096)
+        assert "there is nothing to prune" in found
+
+    def test_a_changed_dimension_without_its_gates(self):
+        """Catches the published code's silent failure: the dimension would be cut at random."""
+        found = problems(hidden_size=2560, intermediate_size=6912, groups=["hidden"])
+        assert len(found) == 1
+        assert "lacks 'intermediate'" in found[0]
+        assert "11008 -> 6912 in each layer" in found[0]
+        assert "hidden, intermediate" in found[0]
+
+    def test_a_group_that_the_source_does_not_have(self):
+        (found,) = problems(hidden_size=2560, groups=["hidden", "kv_head"])
+        assert "'kv_head'" in found
+        assert "allowed: layer, hidden, head, intermediate" in found
