@@ -208,6 +208,4 @@ def _feed_plan(phase: PhaseConfig) -> FeedPlan:
     manifest = load_manifest(open_store(phase.corpus))
     sequences = phase.training.steps * phase.training.global_batch_tokens // manifest.sequence_tokens
     domains = list(phase.proportions)
-    return FeedPlan(
-        phase.corpus, phase.split, phase.seed, dict.fromkeys(domains, 0), dict.fromkeys(domains, sequences)
-    )
+    return FeedPlan(phase.corpus, phase.split, phase.seed, dict.fromkeys(domains, 0), dict.fromkeys(domains, sequences))

@@ -86,7 +86,16 @@ def write_shards(folder: Path, sequences: int, sequence_tokens: int) -> None:
             pq.write_table(table, folder / path, row_group_size=ROW_GROUP, compression="zstd")
             groups = [min(ROW_GROUP, rows - r) for r in range(0, rows, ROW_GROUP)]
             size = (folder / path).stat().st_size
-            shards.append(ShardEntry(path=path, sequences=rows, row_group_sequences=groups, sha256="", file_bytes=size))
+            shards.append(
+                ShardEntry(
+                    path=path,
+                    sequences=rows,
+                    first_sequence_id=sum(shard.sequences for shard in shards),
+                    row_group_sequences=groups,
+                    sha256="",
+                    file_bytes=size,
+                )
+            )
         entry = SplitEntry(
             sequences=sequences, tokens=sequences * sequence_tokens, documents=1, text_bytes=1, shards=shards
         )

@@ -77,9 +77,7 @@ def run_scratch(context: Context) -> dict[str, Any]:
     return _export(context, result, pruned, "scratch")
 
 
-def _train(
-    context: Context, name: PhaseName, model: str, training: TrainingConfig, fresh: bool = False
-) -> PhaseResult:
+def _train(context: Context, name: PhaseName, model: str, training: TrainingConfig, fresh: bool = False) -> PhaseResult:
     recipe = context.recipe
     total = sum(domain.proportion for domain in recipe.corpus.domains.values())
     references = context.outputs.get("references", {}).get("losses", {})

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+import numpy as np
+
 from shearing.config import Config
 from shearing.storage import Store
 
@@ -12,10 +14,14 @@ SPLITS: tuple[Split, ...] = ("eval", "prune", "train")
 
 
 class ShardEntry(Config):
-    """One Parquet file. Columns: `sequence_id` int64, unique in domain and split; `tokens` fixed-size list [T]."""
+    """One Parquet file. Columns: `sequence_id` int64, unique in domain and split; `tokens` fixed-size list [T].
+
+    Its ids are those from `first_sequence_id` on, one for each of its sequences, in shuffled order.
+    """
 
     path: str
     sequences: int
+    first_sequence_id: int
     row_group_sequences: list[int]
     sha256: str
     file_bytes: int
@@ -30,6 +36,24 @@ class SplitEntry(Config):
     documents: int
     text_bytes: int
     shards: list[ShardEntry]
+
+
+class SequencePlaces:
+    """Where the sequences of a split stand among all of it, by their ids: the bits of a bitmap."""
+
+    def __init__(self, split: SplitEntry) -> None:
+        shards = sorted(split.shards, key=lambda shard: shard.first_sequence_id)
+        self.first_S = np.array([shard.first_sequence_id for shard in shards], dtype=np.int64)
+        self.size_S = np.array([shard.sequences for shard in shards], dtype=np.int64)
+        self.start_S = np.cumsum(self.size_S) - self.size_S
+
+    def of(self, sequence_ids_N: np.ndarray) -> np.ndarray:
+        """Places in [0, sequences), int64 [N]. Raises ValueError for an id that is not of this split."""
+        shard_N = np.searchsorted(self.first_S, sequence_ids_N, side="right") - 1
+        within_N = sequence_ids_N - self.first_S[shard_N]
+        if np.any(shard_N < 0) or np.any(within_N >= self.size_S[shard_N]):
+            raise ValueError(f"sequence ids {sequence_ids_N.tolist()} are not all of this split")
+        return self.start_S[shard_N] + within_N
 
 
 class TokenizerEntry(Config):

@@ -138,6 +138,7 @@ class ShardWriter:
             ShardEntry(
                 path=path,
                 sequences=rows,
+                first_sequence_id=self._next_id - rows,
                 row_group_sequences=[min(size, rows - start) for start in range(0, rows, size)],
                 sha256=hashlib.sha256(data).hexdigest(),
                 file_bytes=len(data),

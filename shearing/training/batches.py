@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from shearing.data.manifest import SplitEntry
 from shearing.data.mixing import Draw, MixState, plan_batch, require_unrepeated
 from shearing.data.source import Sequences, SequenceSource
 
@@ -44,7 +45,7 @@ class BatchStream:
 
     Args:
         source: Where rows come from; it is told one step ahead where the proportions are settled.
-        sequences: How many each domain holds.
+        splits: What each domain holds.
         batch_sequences: Of a global batch.
         seed: Of the order inside batches.
         rank: Of this process; it takes draws `rank`, `rank + world`, ... of each batch.
@@ -55,14 +56,15 @@ class BatchStream:
     def __init__(
         self,
         source: SequenceSource,
-        sequences: dict[str, int],
+        splits: dict[str, SplitEntry],
         batch_sequences: int,
         seed: int,
         rank: int,
         world: int,
         repeats: bool = True,
     ) -> None:
-        self.source, self.sequences, self.batch_sequences = source, sequences, batch_sequences
+        self.source, self.splits, self.batch_sequences = source, splits, batch_sequences
+        self.sequences = {domain: split.sequences for domain, split in splits.items()}
         self.seed, self.rank, self.world, self.repeats = seed, rank, world, repeats
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self.ahead: _Plan | None = None

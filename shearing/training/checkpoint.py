@@ -147,9 +147,7 @@ def load_checkpoint(engine: Engine, reader: CheckpointReader, step: int) -> None
         raise IncompleteCheckpointError(f"{reader.store.uri} has no weights for {sorted(missing)[:5]}")
 
 
-def _handed_out(
-    tensor: torch.Tensor | None, shape: tuple[int, ...], owner: int, device: torch.device
-) -> torch.Tensor:
+def _handed_out(tensor: torch.Tensor | None, shape: tuple[int, ...], owner: int, device: torch.device) -> torch.Tensor:
     whole = torch.empty(shape, device=device) if tensor is None else tensor.to(device)
     dist.broadcast(whole, src=owner)
     return whole

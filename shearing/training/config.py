@@ -14,7 +14,9 @@ class TrainingConfig(Config):
     global_batch_tokens: int = Field(ge=1)
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(0, ge=0)
-    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1, description="The cosine ends at this share of the peak")
+    final_learning_rate_fraction: float = Field(
+        0.1, ge=0, le=1, description="The cosine ends at this share of the peak"
+    )
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     gradient_clip: float = Field(1.0, gt=0)

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from shearing.data.manifest import SequencePlaces, SplitEntry
+
 
 class SequenceRepeatedError(RuntimeError):
     """A sequence came a second time within one epoch: data would be trained on twice."""
@@ -14,17 +16,20 @@ class ConsumedSequences:
     12 million sequences take 1.5 MB.
     """
 
-    def __init__(self, sequences: dict[str, int]) -> None:
-        self.sequences = sequences
-        self.bits: dict[str, dict[int, np.ndarray]] = {domain: {} for domain in sequences}
+    def __init__(self, splits: dict[str, SplitEntry]) -> None:
+        self.sequences = {domain: split.sequences for domain, split in splits.items()}
+        self.places = {domain: SequencePlaces(split) for domain, split in splits.items()}
+        self.bits: dict[str, dict[int, np.ndarray]] = {domain: {} for domain in splits}
 
-    def add(self, domain: str, epoch: int, sequence_id: int) -> None:
-        """Mark one sequence. Raises SequenceRepeatedError if this rank had it before in this epoch."""
+    def add(self, domain: str, epoch: int, sequence_ids_N: np.ndarray) -> None:
+        """Mark sequences. Raises SequenceRepeatedError if this rank had one of them before in this epoch."""
         bitmap = self._bitmap(domain, epoch)
-        byte, mask = sequence_id // 8, 1 << (sequence_id % 8)
-        if bitmap[byte] & mask:
-            raise SequenceRepeatedError(f"domain {domain}: sequence {sequence_id} came twice in epoch {epoch}")
-        bitmap[byte] |= mask
+        places_N = self.places[domain].of(sequence_ids_N)
+        bytes_N, bits_N = places_N // 8, (1 << (places_N % 8)).astype(np.uint8)
+        repeated_N = (bitmap[bytes_N] & bits_N) != 0
+        if repeated_N.any() or len(np.unique(places_N)) < len(places_N):
+            raise SequenceRepeatedError(f"domain {domain}: {sequence_ids_N.tolist()} hold one that epoch {epoch} had")
+        np.bitwise_or.at(bitmap, bytes_N, bits_N)
 
     def check(self, domain: str, merged: dict[str, np.ndarray], drawn: int) -> None:
         """Compare the bitmaps of all ranks together with the planned count.
@@ -34,7 +39,9 @@ class ConsumedSequences:
         bitmaps = [bitmap for name, bitmap in merged.items() if name.rpartition("/")[0] == domain]
         seen = sum(int(np.bitwise_count(bitmap).sum()) for bitmap in bitmaps)
         if seen != drawn:
-            raise SequenceRepeatedError(f"domain {domain}: {drawn} sequences were planned and {seen} consumed once each")
+            raise SequenceRepeatedError(
+                f"domain {domain}: {drawn} sequences were planned and {seen} consumed once each"
+            )
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Bitmaps by `domain/epoch`, uint8 [ceil(sequences / 8)]."""

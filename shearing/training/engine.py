@@ -138,7 +138,7 @@ class Engine:
                 **{key: torch.zeros_like(flat) for key in ADAM_MOMENTS},
             }
         if self.stage < 3:
-            self.zero._lazy_init_hp_params_optimizer_state()  # noqa: SLF001 - links fragments to the new state
+            self.zero._lazy_init_hp_params_optimizer_state()
 
     def load(self, parameter: nn.Parameter, value: torch.Tensor, moments: dict[str, torch.Tensor]) -> None:
         """Set one parameter and its Adam moments from whole float32 tensors, the same on every rank."""

@@ -162,9 +162,9 @@ def _losses(model: nn.Module, config: ExportConfig) -> dict[str, Any]:
 def _write(destination: Store, config: dict[str, Any], tensors: Any, source: Path) -> None:
     generation = read_generation_config(source)
     if destination.is_local:
-        write_model_directory(destination.path, config, tensors, source, generation)
+        write_model_directory(destination.path, config, tensors, tokenizer_folder=source, generation_config=generation)
         return
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "model"
-        write_model_directory(local, config, tensors, source, generation)
+        write_model_directory(local, config, tensors, tokenizer_folder=source, generation_config=generation)
         publish_directory(local, destination)

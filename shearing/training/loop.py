@@ -88,7 +88,7 @@ class Trainer:
         self.held_out, self.references = held_out, references
         self.state, self.learner = state, learner
         self.micro_batch_sequences = micro_batch_sequences
-        self.consumed = ConsumedSequences(stream.sequences)
+        self.consumed = ConsumedSequences(stream.splits)
         self.domains = list(stream.sequences)
         self.step_began_s = 0.0
 
@@ -98,13 +98,19 @@ class Trainer:
         step, proportions = self.state.step, self.state.mixture.proportions
         torch.manual_seed(self.stream.seed * 1_000_003 + step * 4099 + self.stream.rank)
         batch = self.stream.next(step, self.state.mix, proportions)
-        for draw, sequence_id in zip(batch.draws, batch.sequence_ids, strict=True):
-            epoch = draw.index // self.stream.sequences[draw.domain]
-            self.consumed.add(draw.domain, epoch, int(sequence_id))
+        self._mark_consumed(batch)
         after = step + 1
         if after < self.config.steps and after % self.config.evaluate_every_steps:
             self.stream.read_ahead(after, batch.mix, proportions)
         return batch
+
+    def _mark_consumed(self, batch: Batch) -> None:
+        places: dict[tuple[str, int], list[int]] = {}
+        for row, draw in enumerate(batch.draws):
+            epoch = draw.index // self.stream.sequences[draw.domain]
+            places.setdefault((draw.domain, epoch), []).append(row)
+        for (domain, epoch), rows in places.items():
+            self.consumed.add(domain, epoch, batch.sequence_ids[rows])
 
     def open_gates(self) -> None:
         if self.learner:

@@ -68,9 +68,7 @@ class Place:
     device: torch.device
 
 
-def build_trainer(
-    phase: PhaseConfig, place: Place, source: SequenceSource, mixture: MixtureClient
-) -> Trainer:
+def build_trainer(phase: PhaseConfig, place: Place, source: SequenceSource, mixture: MixtureClient) -> Trainer:
     """Put a phase together at its first step. `restore` then moves it to a checkpoint's."""
     corpus = open_store(phase.corpus)
     manifest = load_manifest(corpus)
@@ -96,10 +94,10 @@ def build_trainer(
     learner = _mask_learner(phase, model, place)
     engine = Engine(model, phase.training, config, place.device)
     del kept
-    sequences = {domain: manifest.domains[domain][phase.split].sequences for domain in domains}
+    splits = {domain: manifest.domains[domain][phase.split] for domain in domains}
     held_out = held_out_sequences(corpus, phase.evaluation.sequences_per_domain)
     repeats = phase.mixture.on_exhausted == "next_epoch"
-    stream = BatchStream(source, sequences, batch_sequences, phase.seed, place.rank, place.world, repeats)
+    stream = BatchStream(source, splits, batch_sequences, phase.seed, place.rank, place.world, repeats)
     start = initial_state(phase.mixture, phase.proportions)
     return Trainer(
         phase.training,

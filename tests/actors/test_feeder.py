@@ -1,13 +1,12 @@
 """Sequences served through Ray Data against those read in process."""
 
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+from tiny_corpus import write_corpus
 
 from actors import feeder
 from actors.feeder import FeedPlan, RayDataSource, SequenceFeeder, start_feeder
@@ -17,9 +16,6 @@ from shearing.data.parquet_source import ParquetSource
 from shearing.data.source import Sequences, make_orders
 from shearing.errors import UserError
 from shearing.storage import open_store
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "shearing" / "data"))
-from tiny_corpus import write_corpus
 
 SEQUENCES = {"wiki": 130, "code": 300, "book": 75}
 SEED = 5

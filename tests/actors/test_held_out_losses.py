@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_corpus import write_tiny_corpus
+from tiny_eval_corpus import write_tiny_corpus
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.held_out_losses import held_out_losses, measure_losses

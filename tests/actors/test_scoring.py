@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_corpus import write_tiny_corpus
+from tiny_eval_corpus import write_tiny_corpus
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shearing.errors import UserError

@@ -19,7 +19,14 @@ def entry(shards: list[list[int]], sequence_tokens: int = 16) -> SplitEntry:
         documents=total,
         text_bytes=total,
         shards=[
-            ShardEntry(path=f"{i}.parquet", sequences=sum(s), row_group_sequences=s, sha256="", file_bytes=1)
+            ShardEntry(
+                path=f"{i}.parquet",
+                sequences=sum(s),
+                first_sequence_id=i << 32,
+                row_group_sequences=s,
+                sha256="",
+                file_bytes=1,
+            )
             for i, s in enumerate(shards)
         ],
     )

@@ -25,7 +25,12 @@ def corpus(tmp_path):
             pq.write_table(table, store.locate(path), row_group_size=2)
             shards.append(
                 ShardEntry(
-                    path=path, sequences=5, row_group_sequences=[2, 2, 1], sha256="", file_bytes=store.size(path)
+                    first_sequence_id=0,
+                    path=path,
+                    sequences=5,
+                    row_group_sequences=[2, 2, 1],
+                    sha256="",
+                    file_bytes=store.size(path),
                 )
             )
         entry = SplitEntry(sequences=10, tokens=60, documents=1, text_bytes=1, shards=shards)

@@ -23,7 +23,14 @@ def write_tiny_corpus(corpus: Store, sequences: dict[str, list[int]], tokens: in
             table = pa.table({"sequence_id": ids, "tokens": array})
             pq.write_table(table, corpus.locate(path), row_group_size=2, compression="zstd")
             shards.append(
-                ShardEntry(path=path, sequences=size, row_group_sequences=[2], sha256="0", file_bytes=corpus.size(path))
+                ShardEntry(
+                    path=path,
+                    sequences=size,
+                    first_sequence_id=sum(map(len, rows)),
+                    row_group_sequences=[2],
+                    sha256="0",
+                    file_bytes=corpus.size(path),
+                )
             )
             rows.append(tokens_NT)
         count = sum(shard_sizes)

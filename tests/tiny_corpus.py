@@ -34,12 +34,13 @@ def write_corpus(
     token_dtype: str = "uint16",
     vocab_size: int = 5000,
 ) -> Manifest:
-    """A corpus whose every split of each domain holds that many sequences, with ids shuffled inside the split."""
+    """A corpus whose every split of each domain holds that many sequences, with ids shuffled inside each shard."""
     domains: dict[str, dict] = {}
     for domain, count in sequences.items():
         domains[domain] = {}
         for split in SPLITS:
-            ids = np.random.default_rng(count).permutation(count)
+            shuffle, sizes = np.random.default_rng(count), shard_sizes(count, shard_sequences)
+            ids = np.concatenate([sum(sizes[:n]) + shuffle.permutation(size) for n, size in enumerate(sizes)])
             tokens = token_rows(domain, split, ids, sequence_tokens, vocab_size).astype(token_dtype)
             shards, first = [], 0
             for number, rows in enumerate(shard_sizes(count, shard_sequences)):
@@ -54,6 +55,7 @@ def write_corpus(
                     ShardEntry(
                         path=path,
                         sequences=rows,
+                        first_sequence_id=first,
                         row_group_sequences=shard_sizes(rows, row_group_sequences),
                         sha256=hashlib.sha256(data).hexdigest(),
                         file_bytes=len(data),
