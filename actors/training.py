@@ -61,7 +61,7 @@ def run_phase(phase: PhaseConfig, workspace_uri: str, on_report: Callable[[Repor
         workspace.child(f"mixture/{phase.name}").uri,
         phase.mixture,
         phase.proportions,
-        phase.references,
+        phase.references or dict.fromkeys(phase.proportions, 0.0),
     )
     feeder = start_feeder(_feed_plan(phase), f"sequence-feeder-{phase.name}")
     settings = {"phase": phase, "log": log, "weights": weights, "feeder": feeder}

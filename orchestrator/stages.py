@@ -154,6 +154,7 @@ def score_protocol(context: Context) -> Any:
 
 
 def task_resources(context: Context) -> dict[str, float]:
+    """CPUs and GPUs of a task that holds one model: what one worker has, on one GPU at most."""
     engine = context.recipe.engine
     return {"cpus": engine.cpus_per_worker, "gpus": min(1.0, engine.gpus_per_worker)}
 

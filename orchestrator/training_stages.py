@@ -53,8 +53,8 @@ def run_extraction(context: Context) -> dict[str, Any]:
     context.console.note(f"mean loss, nats a token: {means}")
     if not outputs["agrees"]:
         context.console.warn(
-            f"masked, extracted and reloaded models differ by {outputs['largest_difference']:.2g} nats a token; at most "
-            f"{outputs['agreement_tolerance']:g} is rounding. Do not use this model."
+            f"masked, extracted and reloaded models differ by {outputs['largest_difference']:.2g} nats a token; at "
+            f"most {outputs['agreement_tolerance']:g} is rounding. Do not use this model."
         )
     return outputs
 
@@ -81,7 +81,6 @@ def _train(context: Context, name: PhaseName, model: str, training: TrainingConf
     recipe = context.recipe
     total = sum(domain.proportion for domain in recipe.corpus.domains.values())
     references = context.outputs.get("references", {}).get("losses", {})
-    steered = bool(references)
     phase = PhaseConfig(
         name=name,
         model=model,
@@ -94,8 +93,8 @@ def _train(context: Context, name: PhaseName, model: str, training: TrainingConf
         split="prune" if name == "pruning" else "train",
         proportions={name: domain.proportion / total for name, domain in recipe.corpus.domains.items()},
         # a source model has no references yet, so nothing could steer its mixture
-        mixture=recipe.mixture if steered else recipe.mixture.model_copy(update={"rule": "static"}),
-        references=references if steered else dict.fromkeys(recipe.corpus.domains, 0.0),
+        mixture=recipe.mixture if references else recipe.mixture.model_copy(update={"rule": "static"}),
+        references=references,
         seed=recipe.seed,
     )
 

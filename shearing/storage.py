@@ -21,6 +21,7 @@ class Store:
 
     @property
     def is_local(self) -> bool:
+        """Whether it lies on a disk of this machine, or one that looks like it."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     def child(self, name: str) -> "Store":
@@ -36,6 +37,7 @@ class Store:
         return f"{self.path.rstrip('/')}/{name}" if name else self.path
 
     def exists(self, name: str = "") -> bool:
+        """Whether a file or folder of that name is there."""
         return self.filesystem.get_file_info(self.locate(name)).type != pafs.FileType.NotFound
 
     def size(self, name: str) -> int:
@@ -51,13 +53,16 @@ class Store:
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
 
     def read_bytes(self, name: str) -> bytes:
+        """A file, whole. Raises FileNotFoundError."""
         with self.filesystem.open_input_stream(self.locate(name), compression=None) as stream:
             return bytes(stream.read())
 
     def read_json(self, name: str) -> Any:
+        """The value that a JSON file holds. Raises FileNotFoundError."""
         return json.loads(self.read_bytes(name))
 
     def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file, whole or not at all; folders on the way are made."""
         path = self.locate(name)
         self.filesystem.create_dir(os.path.dirname(path), recursive=True)
         if not self.is_local:  # object stores show an object only once it is whole
@@ -72,6 +77,7 @@ class Store:
         os.replace(temporary, path)
 
     def write_json(self, name: str, value: Any) -> None:
+        """Write a value as JSON, whole or not at all."""
         self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
     def delete(self, name: str = "") -> None:

@@ -75,13 +75,15 @@ class SourceFile(Config):
 
 
 class MalformedLine(Config):
+    """A line of raw text that was left out, counted from 1, and why."""
+
     path: str
     line: int
     problem: str
 
 
 class Manifest(Config):
-    """The whole corpus. `fingerprint` names what went in: raw files, tokenizer and every setting that shapes the output."""
+    """The whole corpus. `fingerprint` names all that went in: raw files, tokenizer and the settings that matter."""
 
     format_version: int = 1
     fingerprint: str

@@ -58,6 +58,7 @@ class BatchStream:
         source: SequenceSource,
         splits: dict[str, SplitEntry],
         batch_sequences: int,
+        *,
         seed: int,
         rank: int,
         world: int,

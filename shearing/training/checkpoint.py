@@ -2,7 +2,8 @@
 
 Every rank writes the parameters it is given by size, reads its share of the files back and hands them to the others,
 so a checkpoint of any number of workers and any ZeRO stage resumes on any other. Nothing in it is a pickle.
-`index.json` names all files with their bytes; a folder without it, or where a file is missing or short, is no checkpoint.
+`index.json` names all files with their bytes; a folder without it, or where a file is missing or short, is no
+checkpoint.
 """
 
 import json
@@ -103,14 +104,17 @@ class CheckpointReader:
 
     @property
     def files(self) -> dict[str, int]:
+        """Bytes of each file, by name."""
         files: dict[str, int] = self.store.read_json(INDEX_NAME)["files"]
         return files
 
     @property
     def weight_files(self) -> list[str]:
+        """Files of weights and moments, in order."""
         return sorted(name for name in self.files if name.startswith("weights-"))
 
     def state(self) -> dict[str, Any]:
+        """The values that are no tensors."""
         state: dict[str, Any] = self.store.read_json(STATE_NAME)
         return state
 

@@ -48,6 +48,7 @@ class ConsumedSequences:
         return {f"{d}/{epoch}": bitmap for d, epochs in self.bits.items() for epoch, bitmap in epochs.items()}
 
     def load(self, tensors: dict[str, np.ndarray]) -> None:
+        """Put back what `tensors` gave."""
         self.bits = {domain: {} for domain in self.sequences}
         for name, bitmap in tensors.items():
             domain, _, epoch = name.rpartition("/")

@@ -94,6 +94,7 @@ class Engine:
 
     @property
     def model(self) -> nn.Module:
+        """The Hugging Face model inside."""
         module: nn.Module = self.deepspeed.module
         return module
 
@@ -118,6 +119,7 @@ class Engine:
         return float(norm) if norm is not None else 0.0
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Trained parameters by their Hugging Face names, tied ones once; partitioned under ZeRO 3."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def states(self) -> Iterator[NamedState]:

@@ -34,7 +34,9 @@ class TrainingDivergedError(RuntimeError):
 class MixtureClient(Protocol):
     """Whoever turns the losses of all ranks into the next proportions, the same answer for every rank."""
 
-    def submit(self, step: int, base: MixtureState, sums: LossSums) -> MixtureState: ...
+    def submit(self, step: int, base: MixtureState, sums: LossSums) -> MixtureState:
+        """Hand in this rank's loss sums of the evaluation at `step`; returns the version after `base`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,12 @@ class TrainState:
     mixture: MixtureState
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values."""
         return {"step": self.step, "mix": self.mix.to_json(), "mixture": self.mixture.model_dump(mode="json")}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TrainState":
+        """The inverse of `to_json`."""
         mixture = MixtureState.model_validate(value["mixture"])
         return cls(value["step"], MixState.from_json(value["mix"]), mixture)
 
@@ -76,6 +80,7 @@ class Trainer:
         self,
         config: TrainingConfig,
         engine: Engine,
+        *,
         stream: BatchStream,
         mixture: MixtureClient,
         held_out: dict[str, np.ndarray],
@@ -113,6 +118,7 @@ class Trainer:
             self.consumed.add(domain, epoch, batch.sequence_ids[rows])
 
     def open_gates(self) -> None:
+        """Draw the gates of this step, in mask learning."""
         if self.learner:
             self.learner.open(self.state.step)
 
@@ -121,8 +127,8 @@ class Trainer:
         sums = torch.zeros(len(self.domains), 2, dtype=torch.float64)
         self.engine.begin_update(learning_rate(self.config, self.state.step))
         self.engine.model.train()
-        for draws, tokens_BT in batch.micro_batches(self.micro_batch_sequences):
-            tokens_BT = tokens_BT.to(self.engine.device, non_blocking=True)
+        for draws, host_tokens_BT in batch.micro_batches(self.micro_batch_sequences):
+            tokens_BT = host_tokens_BT.to(self.engine.device, non_blocking=True)
             loss_B = sequence_losses(self.engine.logits(tokens_BT), tokens_BT)
             self.engine.accumulate(loss_B.mean())
             for draw, loss in zip(draws, loss_B.detach().double().tolist(), strict=True):
@@ -130,6 +136,7 @@ class Trainer:
         return sums
 
     def update_gates(self) -> None:
+        """One step of gates and multipliers, in mask learning."""
         if self.learner:
             self.learner.update(self.state.step)
 
@@ -142,7 +149,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise TrainingDivergedError(
                 f"step {self.state.step}: the training loss is {loss}. Lower learning_rate "
-                f"(now {self.config.learning_rate:g}) or lengthen warmup_steps; the run can go on from its last checkpoint"
+                f"(now {self.config.learning_rate:g}) or lengthen warmup_steps; the last checkpoint is kept"
             )
         proportions = self.state.mixture.proportions
         step = self.state.step + 1
@@ -174,6 +181,7 @@ class Trainer:
             yield event_report(self.state.step + 1, "next_epoch", text)
 
     def evaluation_due(self) -> bool:
+        """Whether an evaluation follows the step just made."""
         return self.state.step % self.config.evaluate_every_steps == 0 or self.state.step == self.config.steps
 
     def settled(self, report: Report) -> bool:
@@ -181,6 +189,7 @@ class Trainer:
         return report["kind"] == "evaluation" or (report["kind"] == "step" and not self.evaluation_due())
 
     def checkpoint_due(self) -> bool:
+        """Whether the state after the step just made is to be saved."""
         step = self.state.step
         return step > 0 and (step % self.config.checkpoint_every_steps == 0 or step == self.config.steps)
 

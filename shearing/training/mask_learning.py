@@ -32,7 +32,7 @@ class MaskLearner:
     """
 
     def __init__(
-        self, gates: Gates, lagrangian: Lagrangian, slots: GateSlots, config: PruningConfig, seed: int, rank: int
+        self, gates: Gates, lagrangian: Lagrangian, slots: GateSlots, config: PruningConfig, *, seed: int, rank: int
     ) -> None:
         self.gates, self.lagrangian, self.slots = gates, lagrangian, slots
         self.config, self.seed = config, seed

@@ -56,6 +56,7 @@ class PhaseConfig(Config):
 
     @property
     def pruning(self) -> PruningConfig | None:
+        """The settings of mask learning, if that is what this phase is."""
         return self.training if isinstance(self.training, PruningConfig) else None
 
 
@@ -97,18 +98,19 @@ def build_trainer(phase: PhaseConfig, place: Place, source: SequenceSource, mixt
     splits = {domain: manifest.domains[domain][phase.split] for domain in domains}
     held_out = held_out_sequences(corpus, phase.evaluation.sequences_per_domain)
     repeats = phase.mixture.on_exhausted == "next_epoch"
-    stream = BatchStream(source, splits, batch_sequences, phase.seed, place.rank, place.world, repeats)
-    start = initial_state(phase.mixture, phase.proportions)
+    stream = BatchStream(
+        source, splits, batch_sequences, seed=phase.seed, rank=place.rank, world=place.world, repeats=repeats
+    )
     return Trainer(
         phase.training,
         engine,
-        stream,
-        mixture,
-        {domain: held_out[domain] for domain in domains},
-        phase.references,
-        TrainState(0, MixState.start(domains), start),
-        learner,
-        phase.engine.micro_batch_sequences,
+        stream=stream,
+        mixture=mixture,
+        held_out={domain: held_out[domain] for domain in domains},
+        references=phase.references,
+        state=TrainState(0, MixState.start(domains), initial_state(phase.mixture, phase.proportions)),
+        learner=learner,
+        micro_batch_sequences=phase.engine.micro_batch_sequences,
     )
 
 
@@ -123,7 +125,7 @@ def _mask_learner(phase: PhaseConfig, model: torch.nn.Module, place: Place) -> M
     gates.to(place.device)
     lagrangian = Lagrangian(groups, config.gates.sparsity_warmup_steps, config.gates.start_sparsity)
     lagrangian.to(place.device)
-    return MaskLearner(gates, lagrangian, attach_gates(model, family), config, phase.seed, place.rank)
+    return MaskLearner(gates, lagrangian, attach_gates(model, family), config, seed=phase.seed, rank=place.rank)
 
 
 def save(trainer: Trainer, folder: Path) -> None:
