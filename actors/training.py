@@ -4,10 +4,11 @@ The driver calls `run_phase`; each worker runs `_train`. A worker group that die
 last checkpoint; a driver that dies goes on the same way when it is started again.
 """
 
+import contextlib
 import secrets
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from actors.checkpoints import checkpoint_name, later_checkpoint, settle_checkpoints
 from actors.domain_weights import DomainWeightsClient, start_domain_weights
 from actors.feeder import FeedPlan, RayDataSource, start_feeder
 from actors.run_log import RunLog
@@ -55,38 +57,69 @@ def run_phase(phase: PhaseConfig, workspace_uri: str, on_report: Callable[[Repor
         ray.train.TrainingFailedError: The workers failed more often than `engine.max_failures`.
     """
     workspace = open_store(workspace_uri)
-    log = _actor(RunLog, f"run-log-{phase.name}").remote(workspace_uri, phase.name)
-    weights = start_domain_weights(
-        f"domain-weights-{phase.name}",
-        workspace.child(f"mixture/{phase.name}").uri,
-        phase.mixture,
-        phase.proportions,
-        phase.references or dict.fromkeys(phase.proportions, 0.0),
-    )
-    feeder = start_feeder(_feed_plan(phase), f"sequence-feeder-{phase.name}")
-    settings = {"phase": phase, "log": log, "weights": weights, "feeder": feeder}
-    try:
-        with _Followed(log, on_report):
-            result = _fit(settings, workspace.child("checkpoints"))
-    finally:
-        for actor in (feeder, weights, log):
-            ray.kill(actor)
-    returned: dict[str, Any] = result.return_value
+    checkpoints = workspace.child("checkpoints")
+    with _phase_actors(phase, workspace) as actors, _Followed(actors["log"], on_report):
+        settings = {"phase": phase, "resume_from": settle_checkpoints(checkpoints.child(phase.name))} | actors
+        returned = _in_thread(lambda: _fit(settings, checkpoints))
     if returned["problems"]:
         raise UserError(returned["problems"])
-    assert result.checkpoint is not None
-    name = Path(result.checkpoint.path).name
-    return PhaseResult(workspace.child(f"checkpoints/{phase.name}/{name}").uri, returned["outcome"])
+    return PhaseResult(checkpoints.child(f"{phase.name}/{returned['checkpoint']}").uri, returned["outcome"])
 
 
-def _fit(settings: dict[str, Any], checkpoints: Store) -> Any:
+@contextlib.contextmanager
+def _phase_actors(phase: PhaseConfig, workspace: Store) -> Iterator[dict[str, Any]]:
+    """The actors beside the workers, which end with the phase however it ends."""
+    with contextlib.ExitStack() as ending:
+
+        def kept(actor: Any) -> Any:
+            ending.callback(ray.kill, actor)
+            return actor
+
+        log = kept(_actor(RunLog, f"run-log-{phase.name}").remote(workspace.uri, phase.name))
+        weights = kept(
+            start_domain_weights(
+                f"domain-weights-{phase.name}",
+                workspace.child(f"mixture/{phase.name}").uri,
+                phase.mixture,
+                phase.proportions,
+                phase.references or dict.fromkeys(phase.proportions, 0.0),  # a source model has none yet
+            )
+        )
+        feeder = kept(start_feeder(_feed_plan(phase), f"sequence-feeder-{phase.name}"))
+        yield {"log": log, "weights": weights, "feeder": feeder}
+
+
+def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` returns or raises, done in a thread of its own.
+
+    In the main thread Ray Train would put its own handler of Ctrl-C in place of the driver's, and leave it there.
+    """
+    returned: list[dict[str, Any]] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            returned.append(work())
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+    return returned[0]
+
+
+def _fit(settings: dict[str, Any], checkpoints: Store) -> dict[str, Any]:
     phase: PhaseConfig = settings["phase"]
     engine = phase.engine
     resources = {"CPU": engine.cpus_per_worker} | ({"GPU": engine.gpus_per_worker} if engine.gpus_per_worker else {})
+    worker: Any = train_worker
 
     def trainer() -> TorchTrainer:
         return TorchTrainer(
-            train_worker,
+            worker,
             train_loop_config=settings,
             torch_config=TorchConfig(backend="nccl" if engine.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
@@ -103,7 +136,9 @@ def _fit(settings: dict[str, Any], checkpoints: Store) -> Any:
 
     for attempt in range(1, SETUP_ATTEMPTS + 1):
         try:
-            return trainer().fit()
+            result: Any = trainer().fit()
+            returned: dict[str, Any] = result.return_value
+            return returned
         except ray.train.ControllerError:  # the set-up of the process group is not retried by Ray Train itself
             if attempt == SETUP_ATTEMPTS:
                 raise
@@ -111,38 +146,47 @@ def _fit(settings: dict[str, Any], checkpoints: Store) -> Any:
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """The phase on one worker. Returns what the gates came to, or problems that no new start would mend."""
-    phase: PhaseConfig = settings["phase"]
+    """The phase on one worker.
+
+    Returns the name of the last checkpoint and what the gates came to, or problems that no new start would mend.
+    """
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), prepare_deepspeed())
-    attempt = _agreed(secrets.token_hex(4))
-    weights = DomainWeightsClient(settings["weights"], place.rank, place.world, attempt)
-    trainer = build_trainer(phase, place, RayDataSource(settings["feeder"]), weights)
     log = _RankLog(settings["log"] if place.rank == 0 else None)
-    if (checkpoint := ray.train.get_checkpoint()) is not None:
-        restore(trainer, CheckpointReader(Store(checkpoint.filesystem, checkpoint.path, checkpoint.path)))
-        step = trainer.state.step
-        log.push(event_report(step, "resumed", f"goes on from step {step:,} with {place.world} workers"))
     try:
-        for report in training_reports(trainer):
-            log.push(report)
-            if trainer.settled(report) and trainer.checkpoint_due():
-                log.flush()
-                _checkpoint(trainer, attempt)
+        return {"problems": []} | _train(settings, place, log)
     except (UserError, TrainingDivergedError) as error:  # the same on every rank, and on every new start
-        return {"problems": error.problems if isinstance(error, UserError) else [str(error)], "outcome": {}}
+        return {"problems": error.problems if isinstance(error, UserError) else [str(error)]}
     finally:
         log.flush()
-    return {"problems": [], "outcome": trainer.learner.outcome() if trainer.learner else {}}
 
 
-def _checkpoint(trainer: Trainer, attempt: str) -> None:
+def _train(settings: dict[str, Any], place: Place, log: "_RankLog") -> dict[str, Any]:
+    attempt = _agreed(secrets.token_hex(4))
+    weights = DomainWeightsClient(settings["weights"], place.rank, place.world, attempt)
+    trainer = build_trainer(settings["phase"], place, RayDataSource(settings["feeder"]), weights)
+    name = ""
+    if (checkpoint := later_checkpoint(ray.train.get_checkpoint(), settings["resume_from"])) is not None:
+        restore(trainer, CheckpointReader(checkpoint))
+        name, step = checkpoint_name(checkpoint), trainer.state.step
+        log.push(event_report(step, "resumed", f"goes on from step {step:,} with {place.world} workers"))
+    for report in training_reports(trainer):
+        log.push(report)
+        if trainer.settled(report) and trainer.checkpoint_due():
+            log.flush()
+            name = _checkpoint(trainer, attempt)
+    return {"checkpoint": name, "outcome": trainer.learner.outcome() if trainer.learner else {}}
+
+
+def _checkpoint(trainer: Trainer, attempt: str) -> str:
+    """Save and hand in a checkpoint (collective). Returns its name."""
     step, world = trainer.state.step, trainer.stream.world
     with tempfile.TemporaryDirectory(prefix="shear-checkpoint-") as folder:
         save(trainer, Path(folder))
         # a name of this life of the group alone: files that a dead one left behind can never mix with these
         name = f"step-{step:08d}-of-{world}-{attempt}"
         ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+    return name
 
 
 class _RankLog:

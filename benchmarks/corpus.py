@@ -22,7 +22,7 @@ import ray
 from tokenizers import Tokenizer
 
 from actors.corpus import prepare_corpus
-from shearing.data.config import CorpusConfig, DomainConfig, TrainedTokenizerConfig
+from shearing.data.config import CorpusConfig, DomainConfig, SplitConfig, TrainedTokenizerConfig
 from shearing.data.installed_text import INSTALLED_DOMAINS, write_installed_text
 from shearing.data.preparation import finish_preparation, plan_preparation
 from shearing.data.tokenizer_training import ensure_trained_tokenizer
@@ -43,7 +43,13 @@ def parse() -> argparse.Namespace:
 def configure(folder: Path, path: str) -> CorpusConfig:
     share = 1 / len(INSTALLED_DOMAINS)
     domains = {name: DomainConfig(text=str(folder / "text" / name), proportion=share) for name in INSTALLED_DOMAINS}
-    return CorpusConfig(path=str(folder / path), domains=domains, sequence_tokens=1024, section_characters=8000)
+    return CorpusConfig(
+        path=str(folder / path),
+        domains=domains,
+        sequence_tokens=1024,
+        section_characters=8000,
+        split=SplitConfig(eval=0.2, prune=0.2),  # so that a small amount of text also fills every split
+    )
 
 
 def encode_alone(texts: list[str], tokenizer_dir: str, parallel: bool, fast: bool) -> float:

@@ -175,9 +175,9 @@ def train(name: str, batches: Iterator[Any], options: argparse.Namespace, rate: 
 
 def planned(source: Any, manifest: Manifest, options: argparse.Namespace, lag: Counter[str]) -> Iterator[torch.Tensor]:
     """The trainer's own batches: read one step ahead, except where an update may change the proportions."""
-    sequences = {d: manifest.domains[d]["train"].sequences for d in PROPORTIONS}
+    splits = {d: manifest.domains[d]["train"] for d in PROPORTIONS}
     count = options.batch_tokens // options.sequence_tokens
-    stream = BatchStream(source, sequences, count, SEED, 0, 1)
+    stream = BatchStream(source, splits, count, seed=SEED, rank=0, world=1)
     mix, proportions = MixState.start(list(PROPORTIONS)), PROPORTIONS
     for step in itertools.count():
         if step and step % UPDATE_EVERY_STEPS == 0:

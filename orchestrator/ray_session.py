@@ -22,6 +22,9 @@ CPU_FOR_ACTORS = 2.0  # streams, mixture, run log: they mostly wait
 CPU_FOR_DATA = 2.0  # read tasks need one each, or a stream hangs for ever
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 CONNECT_TIMEOUT_S = 10.0
+# Read by the embedded Ray's node alone. It counts the machine's CPUs otherwise, and warns of the workers and actors
+# that a run needs as of a mistake.
+STARTUP_VARIABLE = "RAY_worker_maximum_startup_concurrency"
 
 # Read by every process of the run. Ray Train polls reports at this interval, 2 s by default: each report would block
 # that long. Printing is patched by Ray Train so that each line comes twice.
@@ -144,6 +147,7 @@ class RaySession:
         if self.is_embedded:
             # "local" and nothing else: a file left by another cluster on this machine must not be followed.
             console.detail("starting Ray in this process")
+            os.environ.setdefault(STARTUP_VARIABLE, str(logical_cpus(self.recipe)))
             options |= {"address": "local", "num_cpus": logical_cpus(self.recipe), "include_dashboard": self.dashboard}
             context = ray.init(**options)
             if self.dashboard and context.dashboard_url:

@@ -45,6 +45,10 @@ def _asked(report: dict[str, Any], stage: dict[str, Any]) -> bool:
     return optional.get(stage["stage"], True)
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def _listed(names: list[str]) -> str:
     lowered = [name[:1].lower() + name[1:] for name in names]
     return lowered[0] if len(lowered) == 1 else ", ".join(lowered[:-1]) + " and " + lowered[-1]
@@ -85,12 +89,22 @@ def _target(report: dict[str, Any]) -> list[Fact]:
     value = f"largest gap {gaps[worst]:.3f} ({worst})" if worst else "no gap reported"
     if extraction.get("converged"):
         return [_fact("target", "good", title, value, "Extraction then only removes what training had closed already.")]
+    value = "; ".join(map(str, (extraction.get("missed") or [])[:3])) or value
+    title, forced = "The masks did not reach the target shape", _rounding_cost(extraction)
+    if forced is not None and forced <= SMALL_GAP_NATS:
+        why = f"Extraction forced the rest, which cost {signed_nats(forced)} nats a token: little. Learn longer."
+        return [_fact("target", "warn", title, value, why)]
     why = (
         "Extraction cut units that training still used: the pruned model is worse than what was trained. Learn longer."
     )
-    missed = extraction.get("missed") or []
-    value = "; ".join(map(str, missed[:3])) or value
-    return [_fact("target", "bad", "The masks did not reach the target shape", value, why)]
+    return [_fact("target", "bad", title, value, why)]
+
+
+def _rounding_cost(extraction: dict[str, Any]) -> float | None:
+    """Loss at the exact target minus loss with the gates as learned, nats a token; None where it is not known."""
+    proof = extraction.get("proof") or {}
+    learned, exact = ((proof.get(key) or {}).get("mean") for key in ("learned", "exact_target"))
+    return None if learned is None or exact is None else exact - learned
 
 
 def _proof(report: dict[str, Any]) -> list[Fact]:
@@ -104,10 +118,8 @@ def _proof(report: dict[str, Any]) -> list[Fact]:
     if not extraction.get("agrees"):
         why = "Masked, extracted and reloaded model should compute the same and do not: do not use the files."
         facts = [_fact("proof", "bad", "The saved model differs from the trained one", value, why)]
-    proof = extraction.get("proof") or {}
-    learned, exact = ((proof.get(key) or {}).get("mean") for key in ("learned", "exact_target"))
-    if learned is not None and exact is not None:
-        gap = exact - learned
+    gap = _rounding_cost(extraction)
+    if gap is not None:
         level = "good" if gap <= SMALL_GAP_NATS else "warn"
         title = "Rounding the masks cost little" if level == "good" else "Rounding the masks cost much"
         why = f"Loss at the exact target shape minus loss with the masks as learned; up to {SMALL_GAP_NATS} is small."
@@ -174,7 +186,7 @@ def _data(report: dict[str, Any]) -> list[Fact]:
     known = any(use["epochs"] is not None for part in phases.values() for use in part["data_use"].values())
     if repeated:
         (phase, domain), most = max(repeated.items(), key=lambda item: item[1])
-        why = f"{len(repeated)} streams ran out and began again; a training loss on text seen before flatters."
+        why = f"{_counted(len(repeated), 'stream')} began again; a training loss on text seen before flatters."
         facts.append(
             _fact("epochs", "warn", "Some text was read more than once", f"{domain} in {phase}: {times(most)}", why)
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.recipe import Recipe, SourceTrainingConfig
 from shearing.errors import UserError
-from shearing.models.family import Family, family_of, shape_of, vocabulary_of
+from shearing.models.family import FAMILIES, Family, check_shape, family_of, shape_of, vocabulary_of
 from shearing.models.shape import Shape
 from shearing.pruning.target import check_target, target_shape
 
@@ -58,34 +58,12 @@ def inspect_source(recipe: Recipe) -> SourceFacts:
     if source.train is not None:
         facts.config = trained_source_config(source.train, recipe.corpus.sequence_tokens)
         facts.tokenizer_vocabulary = source.train.tokenizer.vocab_size
-        facts.problems += _trained_shape_problems(source.train)
+        facts.problems += check_shape(FAMILIES["llama"], source.train.shape, "source.train.shape")
     elif source.model is not None:
         _read_directory(facts, Path(source.model).expanduser(), recipe.corpus.boundary_token)
     if facts.config is not None:
         _read_config(facts, recipe)
     return facts
-
-
-def _trained_shape_problems(train: SourceTrainingConfig) -> list[str]:
-    shape, problems = train.shape, []
-    if shape.num_heads % shape.num_kv_heads:
-        allowed = [count for count in range(1, shape.num_heads + 1) if shape.num_heads % count == 0]
-        problems.append(
-            f"source.train.shape.num_kv_heads = {shape.num_kv_heads} does not divide num_heads = {shape.num_heads}; "
-            f"allowed: {', '.join(map(str, allowed))}."
-        )
-    if shape.hidden_size % shape.num_heads:
-        problems.append(
-            f"source.train.shape.hidden_size = {shape.hidden_size} is not a multiple of num_heads = {shape.num_heads}, "
-            f"which Hugging Face's LlamaForCausalLM needs; set source.train.shape.hidden_size="
-            f"{max(1, shape.hidden_size // shape.num_heads) * shape.num_heads}."
-        )
-    if shape.head_size % 2:
-        problems.append(
-            f"source.train.shape.head_size = {shape.head_size} is odd; rotary positions turn pairs of dimensions. "
-            f"Set source.train.shape.head_size={shape.head_size + 1}."
-        )
-    return problems
 
 
 def _read_directory(facts: SourceFacts, folder: Path, boundary_token: str) -> None:

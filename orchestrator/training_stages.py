@@ -11,7 +11,7 @@ from orchestrator.stage import Context
 from orchestrator.stages import score_protocol, source_model, task_resources
 from shearing.data.manifest import TOKENIZER_FOLDER
 from shearing.models.directories import local_directory, publish_directory
-from shearing.models.loading import TOKENIZER_FILES, llama_config, write_json
+from shearing.models.loading import GENERATION_FILE, TOKENIZER_FILES, llama_config, write_json
 from shearing.training.config import TrainingConfig
 from shearing.training.export import ExportConfig, agreement, with_mean
 from shearing.training.phase import PhaseConfig, PhaseName
@@ -146,5 +146,6 @@ def _write_source_shape(context: Context) -> str:
             if (tokenizer / name).is_file():
                 (Path(folder) / name).write_bytes((tokenizer / name).read_bytes())
         write_json(Path(folder) / "config.json", config)
+        write_json(Path(folder) / GENERATION_FILE, {"bos_token_id": boundary, "eos_token_id": boundary})
         publish_directory(Path(folder), store)
     return store.uri

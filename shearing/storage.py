@@ -66,7 +66,7 @@ class Store:
         path = self.locate(name)
         self.filesystem.create_dir(os.path.dirname(path), recursive=True)
         if not self.is_local:  # object stores show an object only once it is whole
-            with self.filesystem.open_output_stream(path) as stream:
+            with self.filesystem.open_output_stream(path, compression=None) as stream:
                 stream.write(data)
             return
         temporary = f"{path}.{os.getpid()}.partial"

@@ -1,8 +1,10 @@
 import contextlib
+import subprocess
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+from journeys import Journey, small_journey
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +28,11 @@ def ray_session() -> Iterator[None]:
         yield
         with contextlib.suppress(Exception):
             ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def finished_journey(tmp_path_factory: pytest.TempPathFactory) -> tuple[Journey, subprocess.CompletedProcess]:
+    """One uninterrupted run of the main job on small text, and how its command ended."""
+    folder = tmp_path_factory.mktemp("journey")
+    journey = small_journey(folder / "whole", shared=folder)
+    return journey, journey.run()

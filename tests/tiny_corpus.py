@@ -40,7 +40,9 @@ def write_corpus(
         domains[domain] = {}
         for split in SPLITS:
             shuffle, sizes = np.random.default_rng(count), shard_sizes(count, shard_sequences)
-            ids = np.concatenate([sum(sizes[:n]) + shuffle.permutation(size) for n, size in enumerate(sizes)])
+            ids = np.concatenate(
+                [np.empty(0, int)] + [sum(sizes[:n]) + shuffle.permutation(size) for n, size in enumerate(sizes)]
+            )
             tokens = token_rows(domain, split, ids, sequence_tokens, vocab_size).astype(token_dtype)
             shards, first = [], 0
             for number, rows in enumerate(shard_sizes(count, shard_sequences)):

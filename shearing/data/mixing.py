@@ -1,6 +1,5 @@
 """Which sequences make up a global batch: as many of each domain as the proportions ask for, and no dice."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,30 +123,3 @@ def epoch_starts(before: MixState, after: MixState, sequences: dict[str, int]) -
         last = max(0, drawn - 1) // sequences[domain]
         starts += [EpochStart(domain, epoch) for epoch in range(first + 1, last + 1)]
     return starts
-
-
-@dataclass(frozen=True)
-class DomainForecast:
-    """What a phase will take of one domain if its proportion stays; `runs_out_at_step` counts steps from 0."""
-
-    domain: str
-    sequences_needed: int
-    sequences_available: int
-    epochs: float
-    runs_out_at_step: int | None
-
-
-def forecast(
-    proportions: dict[str, float], batch_sequences: int, steps: int, sequences_available: dict[str, int]
-) -> dict[str, DomainForecast]:
-    """How often each domain will be gone through, and the first step that needs a sequence it no longer has."""
-    forecasts = {}
-    for domain, proportion in proportions.items():
-        available, a_step = sequences_available[domain], proportion * batch_sequences
-        needed = math.ceil(a_step * steps - 1e-9)
-        runs_out = None
-        if needed > available:
-            runs_out = max(0, min(steps - 1, math.floor(available / a_step + 1e-9)))
-        epochs = a_step * steps / available if available else math.inf
-        forecasts[domain] = DomainForecast(domain, needed, available, epochs, runs_out)
-    return forecasts

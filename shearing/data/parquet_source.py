@@ -12,11 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shearing.data.manifest import Manifest, Split, load_manifest
 from shearing.data.mixing import Draw
 from shearing.data.order import DrawUnit, SequenceOrder
 from shearing.data.source import Sequences, group_by_domain
-from shearing.errors import UserError
 from shearing.storage import Store
 
 
@@ -106,27 +104,3 @@ class ParquetSource:
             while len(held) > self._units_per_domain:
                 held.popitem(last=False)
             return held[planned.number]
-
-
-def read_split(corpus: Store, domain: str, split: Split, limit: int, manifest: Manifest | None = None) -> np.ndarray:
-    """The first `limit` sequences [N, T] of a split as stored, the same for every caller; all where it holds fewer.
-
-    Raises UserError where the corpus lacks the domain, or the split of it is empty.
-    """
-    manifest = manifest or load_manifest(corpus)
-    entry = manifest.domains.get(domain, {}).get(split)
-    if entry is None or entry.sequences == 0:
-        raise UserError(
-            f"domain {domain} holds no sequences in split {split} of {corpus.uri}; domains of this corpus: "
-            f"{', '.join(sorted(manifest.domains))}. Give the domain more text, or raise corpus.split.{split}."
-        )
-    blocks, rows = [], 0
-    for shard in entry.shards:
-        with corpus.filesystem.open_input_file(corpus.locate(shard.path)) as file:
-            reader = pq.ParquetFile(file)
-            for row_group in range(reader.num_row_groups):
-                blocks.append(table_tokens(reader.read_row_group(row_group, columns=["tokens"])))
-                rows += len(blocks[-1])
-                if rows >= limit:
-                    return np.concatenate(blocks)[:limit]
-    return np.concatenate(blocks)

@@ -82,16 +82,6 @@ def mean_losses(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
     return {domain: total / tokens for domain, (total, tokens) in sums.items()}
 
 
-def add_sums(parts: list[LossSums]) -> LossSums:
-    """The sums of all ranks together."""
-    whole: LossSums = {}
-    for part in parts:
-        for domain, (total, tokens) in part.items():
-            before_total, before_tokens = whole.get(domain, (0.0, 0))
-            whole[domain] = (before_total + total, before_tokens + tokens)
-    return whole
-
-
 def _batches(sequences: Mapping[str, np.ndarray], batch_sequences: int) -> list[tuple[str, np.ndarray]]:
     if batch_sequences < 1:
         raise ValueError(f"batch_sequences = {batch_sequences}; it has to be at least 1")

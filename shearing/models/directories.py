@@ -8,15 +8,21 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
+from shearing.errors import UserError
 from shearing.storage import Store, open_store
 
 
 def local_directory(uri: str) -> Path:
-    """A local path to a model directory; a remote one is copied once to this node's temporary folder."""
+    """A local path to a model directory; a remote one is copied once to this node's temporary folder.
+
+    Raises UserError where a remote one holds no file.
+    """
     store = open_store(uri)
     if store.is_local:
         return Path(store.path)
-    listing = "".join(f"{name}:{store.size(name)};" for name in store.list())
+    listing = _listing(store)
+    if not listing:
+        raise UserError(f"{uri} holds no files: a Hugging Face model directory is expected there.")
     name = hashlib.sha256(f"{uri}|{listing}".encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"shear-models-{os.getuid()}" / name
     if not folder.is_dir():
@@ -28,6 +34,21 @@ def local_directory(uri: str) -> Path:
         except OSError:  # another process of this node was first
             shutil.rmtree(partial)
     return folder
+
+
+def _listing(store: Store) -> list[str]:
+    """Each file with its size and whatever the filesystem knows that changes when it is written again.
+
+    The size alone would do for no model trained a second time: weights of one shape always have one size.
+    """
+    filesystem = store.filesystem
+    selector = pafs.FileSelector(store.path, allow_not_found=True, recursive=True)
+    files = [info for info in filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
+    if isinstance(filesystem, pafs.PyFileSystem) and isinstance(filesystem.handler, pafs.FSSpecHandler):
+        versions = [filesystem.handler.fs.ukey(info.path) for info in files]
+    else:
+        versions = [info.mtime_ns for info in files]
+    return sorted(f"{info.path}:{info.size}:{version}" for info, version in zip(files, versions, strict=True))
 
 
 def publish_directory(folder: Path, store: Store) -> None:

@@ -110,7 +110,7 @@ def test_source_and_train_exclude_each_other(problems):
         "source.train.shape.num_kv_heads=3",
         "source.train.shape.head_size=15",
     )
-    assert any("does not divide num_heads = 4; allowed: 1, 2, 4" in problem for problem in odd)
+    assert any("num_kv_heads = 3; allowed for num_kv_heads: 1, 2, 4" in problem for problem in odd)
     assert any("head_size=16" in problem for problem in odd)
 
 

@@ -203,6 +203,11 @@ def not_converged(store):
     change(store, "stages/extraction.json", lambda m: m["outputs"].update(converged=False, missed=missed))
 
 
+def not_converged_and_dear(store):
+    not_converged(store)
+    rounding(store)
+
+
 def no_agreement(store):
     change(store, "stages/extraction.json", lambda m: m["outputs"].update(agrees=False, largest_difference=0.1))
 
@@ -255,7 +260,8 @@ def second_epoch(store):
 @pytest.mark.parametrize(
     ("spoil", "key", "level", "shown"),
     [
-        (not_converged, "target", "bad", "layer 2: 0.110"),
+        (not_converged, "target", "warn", "layer 2: 0.110"),
+        (not_converged_and_dear, "target", "bad", "layer 2: 0.110"),
         (no_agreement, "proof", "bad", "1.0e-01"),
         (rounding, "rounding", "warn", "+0.497"),
         (worse_than_scratch, "scratch", "warn", "+0.220"),

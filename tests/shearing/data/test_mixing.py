@@ -14,7 +14,6 @@ from shearing.data.mixing import (
     EpochStart,
     MixState,
     epoch_starts,
-    forecast,
     plan_batch,
     require_unrepeated,
 )
@@ -127,20 +126,3 @@ def test_epoch_starts_are_counted_when_the_first_repeated_sequence_is_drawn():
     assert epoch_starts(at(10), at(11), {"a": 10}) == [EpochStart("a", 1)]
     assert epoch_starts(at(11), at(20), {"a": 10}) == []
     assert epoch_starts(at(5), at(31), {"a": 10}) == [EpochStart("a", 1), EpochStart("a", 2), EpochStart("a", 3)]
-
-
-def test_forecast_agrees_with_what_happens():
-    """Catches a forecast off by a batch: the run would stop at another step than --plan said."""
-    proportions, available = {"a": 0.67, "b": 0.29, "c": 0.04}, {"a": 5000, "b": 77, "c": 9}
-    predicted = forecast(proportions, 16, 40, available)
-    state, ran_out = MixState.start(list(proportions)), {}
-    for step in range(40):
-        _, state = plan_batch(state, proportions, 16, 1, step)
-        for domain in proportions:
-            if state.drawn[domain] > available[domain]:
-                ran_out.setdefault(domain, step)
-    assert predicted["a"].runs_out_at_step is None
-    for domain in ("b", "c"):
-        assert abs(predicted[domain].runs_out_at_step - ran_out[domain]) <= 1 + 1 / (16 * proportions[domain])
-    assert predicted["b"].epochs == pytest.approx(0.29 * 16 * 40 / 77)
-    assert predicted["c"].sequences_needed == 26

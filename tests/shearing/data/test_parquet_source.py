@@ -9,7 +9,7 @@ from tiny_corpus import write_corpus
 from shearing.data.manifest import load_manifest
 from shearing.data.mixing import Draw
 from shearing.data.order import SequenceOrder
-from shearing.data.parquet_source import CorpusDamagedError, ParquetSource, read_split, read_unit
+from shearing.data.parquet_source import CorpusDamagedError, ParquetSource, read_unit
 from shearing.data.source import make_orders
 from shearing.errors import UserError
 from shearing.storage import Store, open_store
@@ -82,18 +82,6 @@ def test_damaged_shard_is_named(tmp_path):
     pq.write_table(whole.slice(0, 37), tmp_path / "wiki/train/00000.parquet", row_group_size=8)
     with pytest.raises(CorpusDamagedError, match="hold 37 sequences, the manifest says 40"):
         read_unit(corpus, order.unit(0))
-
-
-def test_read_split_is_the_beginning_of_the_stored_rows(corpus):
-    """Catches a held-out set that depends on a seed, or runs past the split."""
-    shards = load_manifest(corpus).domains["wiki"]["eval"].shards
-    stored = np.concatenate(
-        [np.array(pq.read_table(corpus.locate(s.path)).column("tokens").to_pylist()) for s in shards]
-    )
-    for limit in (1, 50, 133, 1000):
-        assert np.array_equal(read_split(corpus, "wiki", "eval", limit), stored[:limit])
-    with pytest.raises(UserError, match=r"domain book holds no sequences in split eval .*code, wiki"):
-        read_split(corpus, "book", "eval", 1)
 
 
 def test_missing_and_empty_domains_come_at_once(tmp_path):

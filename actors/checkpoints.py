@@ -1,0 +1,74 @@
+"""Which checkpoint a phase goes on from, settled before Ray Train looks into the same folder.
+
+Ray Train keeps a snapshot of the checkpoints that it knows. A driver that dies while it is written leaves it torn, and
+no later start would get past it; one that dies just before leaves a finished checkpoint out of it; and what a cut-off
+upload had written would stay for ever. The folders tell the truth: an index names a checkpoint's files and their sizes.
+"""
+
+import json
+import re
+from typing import Any
+
+from shearing.storage import Store, open_store
+from shearing.training.checkpoint import CheckpointReader, IncompleteCheckpointError
+
+SNAPSHOT_NAME = "checkpoint_manager_snapshot.json"
+CHECKPOINT_NAME = re.compile(r"step-(\d{8,})-of-\d+-[0-9a-f]+")
+
+
+def settle_checkpoints(folder: Store) -> str | None:
+    """Bring a phase's folder in order, with nobody at work in it; returns the URI of its newest whole checkpoint.
+
+    A snapshot that is torn, or names a checkpoint that is not whole, is removed. So is every checkpoint that
+    neither a good snapshot names nor is the newest.
+    """
+    found = [name for name in folder.list() if CHECKPOINT_NAME.fullmatch(name)]
+    whole = {name for name in found if _is_whole(folder.child(name))}
+    newest = max(whole, key=_step, default=None)
+    listed = _listed(folder)
+    if listed is None or not listed <= whole:
+        folder.delete(SNAPSHOT_NAME)
+        listed = set()
+    for name in found:
+        if name != newest and name not in listed:
+            folder.delete(name)
+    return folder.child(newest).uri if newest else None
+
+
+def later_checkpoint(reported: Any | None, found_uri: str | None) -> Store | None:
+    """The later of the checkpoint that Ray Train holds and the one that was found on storage, if any."""
+    stores = [open_store(found_uri)] if found_uri else []
+    if reported is not None:
+        stores.append(Store(reported.filesystem, reported.path, reported.path))
+    return max(stores, key=lambda store: _step(checkpoint_name(store)), default=None)
+
+
+def checkpoint_name(checkpoint: Store) -> str:
+    """The name of a checkpoint's folder."""
+    return checkpoint.path.rstrip("/").rpartition("/")[2]
+
+
+def _step(name: str) -> int:
+    match = CHECKPOINT_NAME.fullmatch(name)
+    assert match is not None, name
+    return int(match[1])
+
+
+def _listed(folder: Store) -> set[str] | None:
+    """Checkpoints that Ray Train's snapshot names; None where it is torn."""
+    if not folder.exists(SNAPSHOT_NAME):
+        return set()
+    text = folder.read_bytes(SNAPSHOT_NAME).decode()
+    try:
+        json.loads(text)
+    except ValueError:
+        return None
+    return {match[0] for match in CHECKPOINT_NAME.finditer(text)}
+
+
+def _is_whole(checkpoint: Store) -> bool:
+    try:
+        CheckpointReader(checkpoint)
+    except (IncompleteCheckpointError, ValueError):  # ValueError: an index cut off in its middle
+        return False
+    return True

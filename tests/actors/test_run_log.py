@@ -1,0 +1,87 @@
+"""The log as a plain class."""
+
+import json
+
+import pytest
+
+from actors import run_log
+from actors.run_log import RunLog
+from shearing.storage import open_store
+
+
+@pytest.fixture(params=["local", "object store"])
+def workspace(request, tmp_path):
+    return str(tmp_path) if request.param == "local" else f"memory://run-log-{tmp_path.name}"
+
+
+def written(workspace):
+    return [json.loads(line) for line in open_store(workspace).read_bytes("metrics/pruning.jsonl").splitlines()]
+
+
+class TestWriting:
+    def test_rows_in_order(self, workspace):
+        # catches rows lost between a push and the flush that a checkpoint waits for
+        log = RunLog(workspace, "pruning")
+        log.push([{"step": 1}, {"step": 2}])
+        log.push([{"step": 3, "text": "Größe\nzwei"}])
+        log.flush()
+        assert written(workspace) == [{"step": 1}, {"step": 2}, {"step": 3, "text": "Größe\nzwei"}]
+
+    def test_a_restarted_log_goes_on(self, workspace):
+        # catches a restart that empties the file, or writes its rows twice
+        for step in (1, 2, 3):
+            log = RunLog(workspace, "pruning")
+            log.push([{"step": step}])
+            log.flush()
+            log.flush()
+        assert [row["step"] for row in written(workspace)] == [1, 2, 3]
+
+    def test_half_a_line(self, workspace):
+        # catches a line that a killed writer left, joined to the first one of the next
+        open_store(workspace).write_bytes("metrics/pruning.jsonl", b'{"step": 1}\n{"step": 2, "lo')
+        log = RunLog(workspace, "pruning")
+        log.push([{"step": 2}])
+        log.flush()
+        assert written(workspace) == [{"step": 1}, {"step": 2}]
+
+    def test_phases_have_files_of_their_own(self, workspace):
+        for phase in ("pruning", "recovery"):
+            log = RunLog(workspace, phase)
+            log.push([{"phase": phase}])
+            log.flush()
+        assert written(workspace) == [{"phase": "pruning"}]
+
+    def test_local_rows_need_no_flush(self, tmp_path):
+        # catches a console and a report that lag behind on a local disk
+        RunLog(str(tmp_path), "pruning").push([{"step": 1}])
+        assert written(str(tmp_path)) == [{"step": 1}]
+
+
+class TestNewer:
+    def test_gives_each_row_once(self, workspace):
+        # catches rows that a follower misses or sees twice
+        log, seen, found = RunLog(workspace, "pruning"), 0, []
+        for rows in ([{"step": 1}], [], [{"step": 2}, {"step": 3}]):
+            log.push(rows)
+            for number, row in log.newer(seen):
+                seen = number
+                found.append(row["step"])
+        assert found == [1, 2, 3]
+        assert log.newer(seen) == []
+
+    def test_numbers_go_on_rising_after_a_restart(self, workspace):
+        # catches a follower that waits for numbers which a restarted log will not reach for hours
+        first = RunLog(workspace, "pruning")
+        first.push([{"step": n} for n in range(50)])
+        seen = first.newer(0)[-1][0]
+        again = RunLog(workspace, "pruning")
+        again.push([{"step": 50}])
+        assert [row for _, row in again.newer(seen)] == [{"step": 50}]
+
+    def test_keeps_the_newest(self, workspace):
+        # catches a log whose memory grows with the run
+        log = RunLog(workspace, "pruning")
+        log.push([{"step": n} for n in range(run_log.KEPT_ROWS + 7)])
+        rows = log.newer(0)
+        assert len(rows) == run_log.KEPT_ROWS
+        assert rows[-1][1] == {"step": run_log.KEPT_ROWS + 6}

@@ -1,0 +1,212 @@
+"""Interrupted phases go on as if nothing had been: on the same workers, on others, on another ZeRO stage."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from phase_runs import SEQUENCES, largest_difference, new_trainer, run_phase, save_all
+
+from shearing.data.manifest import load_manifest
+from shearing.storage import open_store
+from shearing.training import checkpoint
+from shearing.training.checkpoint import CheckpointReader
+from shearing.training.consumed import SequenceRepeatedError
+from shearing.training.loop import training_reports
+from shearing.training.phase import Place, build_trainer
+
+SAVED_AFTER = 3  # not an evaluation's step: the next batch is being read while the state is saved
+CASES = {
+    **{f"zero{stage}-train": {"stage": stage} for stage in (1, 2, 3)},
+    **{f"zero{stage}-masks": {"stage": stage, "pruning": True} for stage in (1, 2, 3)},
+    "zero2-bfloat16-tied": {"stage": 2, "dtype": "bfloat16"},
+}
+
+
+def case(tiny_run, name, **changed):
+    options = CASES[name] | changed
+    if options.get("dtype") == "bfloat16":
+        options["model"] = tiny_run.tied
+    return tiny_run.phase(engine={"activation_checkpointing": name != "zero2-masks"}, **options)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_run, two_processes, tmp_path_factory):
+    """An uninterrupted run of two workers and the checkpoint it left on the way; each case is trained once."""
+    runs = {}
+
+    def run(name):
+        if name not in runs:
+            folder = tmp_path_factory.mktemp(name) / "checkpoint"
+            phase = case(tiny_run, name)
+            runs[name] = two_processes.run(run_phase, phase, save_after=SAVED_AFTER, folder=str(folder)), folder
+        return runs[name]
+
+    return run
+
+
+def close(one, other, tolerance):
+    """Two histories with the same rows whose losses differ by no more than `tolerance` nats."""
+    assert [(row["kind"], row["step"]) for row in one] == [(row["kind"], row["step"]) for row in other]
+    for row, expected in zip(one, other, strict=True):
+        for key in ("losses", "proportions", "loss", "lagrangian"):
+            if key in expected:
+                assert row[key] == pytest.approx(expected[key], abs=tolerance), (row["step"], key)
+        assert row.get("drawn") == expected.get("drawn")
+
+
+class TestResumed:
+    @pytest.mark.parametrize("name", CASES)
+    def test_by_the_same_workers(self, tiny_run, two_processes, whole_run, name):
+        # catches anything that a checkpoint leaves out: moments, Adam's step count, gates, multipliers, the mixture's
+        # version, places in the data, random state
+        whole, folder = whole_run(name)
+        rest = two_processes.run(run_phase, case(tiny_run, name), resume=str(folder))
+        assert whole[0].history(after=SAVED_AFTER) == rest[0].history()
+        assert [run.draws[5] for run in whole] == [run.draws[5] for run in rest]
+        assert largest_difference(whole[0].tensors, rest[0].tensors) == 0
+        if CASES[name].get("pruning"):
+            assert largest_difference(whole[0].gates, rest[0].gates) == 0
+
+    @pytest.mark.parametrize(
+        ("name", "stage"),
+        [
+            ("zero1-train", 3),
+            ("zero2-train", 1),
+            ("zero3-train", 2),
+            ("zero1-masks", 2),
+            ("zero2-masks", 3),
+            ("zero3-masks", 1),
+        ],
+    )
+    def test_by_one_worker_on_another_stage(self, tiny_run, one_process, whole_run, name, stage):
+        # catches shards saved or loaded in place of whole tensors, padding read as weights, and a rank's share of data,
+        # noise or bitmaps in the state
+        whole, folder = whole_run(name)
+        rest = one_process.run(run_phase, case(tiny_run, name, stage=stage), resume=str(folder))[0]
+        close(rest.history(), whole[0].history(after=SAVED_AFTER), 1e-5)
+
+    def test_in_bfloat16_by_one_worker(self, tiny_run, one_process, whole_run):
+        # catches a checkpoint of the rounded weights: the masters must be saved; 8 bits of a loss of 5 nats are 0.02
+        whole, folder = whole_run("zero2-bfloat16-tied")
+        rest = one_process.run(run_phase, case(tiny_run, "zero2-bfloat16-tied", stage=3), resume=str(folder))[0]
+        close(rest.history(), whole[0].history(after=SAVED_AFTER), 0.02)
+        weights = CheckpointReader(open_store(str(folder))).weights("weights-r0000-p000.safetensors")
+        assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+        assert any((tensor != tensor.bfloat16().float()).any() for tensor in weights.values())
+
+    @pytest.mark.parametrize(("name", "stage"), [("zero2-train", 3), ("zero1-masks", 3), ("zero3-masks", 1)])
+    def test_from_one_worker_by_two(self, tiny_run, one_process, two_processes, whole_run, tmp_path, name, stage):
+        # catches checkpoints that only as many workers can read, and a run that depends on their number
+        folder = str(tmp_path / "checkpoint")
+        alone = one_process.run(run_phase, case(tiny_run, name), save_after=SAVED_AFTER, folder=folder)[0]
+        close(alone.history(), whole_run(name)[0][0].history(), 1e-5)
+        rest = two_processes.run(run_phase, case(tiny_run, name, stage=stage), resume=folder)
+        close(rest[0].history(), alone.history(after=SAVED_AFTER), 1e-5)
+        assert rest[0].history() == rest[1].history()
+
+    def test_twice(self, tiny_run, one_process, two_processes, whole_run, tmp_path):
+        # catches a restored trainer that cannot be saved: bitmaps of the past lost, or kept by two ranks
+        whole, folder = whole_run("zero3-masks")
+        phase, second = case(tiny_run, "zero3-masks"), str(tmp_path / "second")
+        two_processes.run(run_phase, phase, resume=str(folder), save_after=5, folder=second, until=5)
+        rest = two_processes.run(run_phase, phase, resume=second)[0]
+        assert rest.history() == whole[0].history(after=5)
+
+
+class TestSaved:
+    def test_bitmaps_are_the_plan(self, tiny_run, whole_run):
+        # catches bitmaps of one rank only, or of rows that were planned but not given
+        whole, folder = whole_run("zero1-train")
+        reader = CheckpointReader(open_store(str(folder)))
+        manifest = load_manifest(open_store(tiny_run.corpus))
+        planned = {(d.domain, d.index) for run in whole for step in range(SAVED_AFTER) for d in run.draws[step]}
+        drawn = reader.state()["mix"]["drawn"]
+        assert drawn == whole[0].of_kind("step")[SAVED_AFTER - 1]["drawn"]
+        for domain, entry in manifest.domains.items():
+            bitmap = reader.arrays("consumed")[f"{domain}/0"]
+            assert bitmap.shape == (-(-entry["train"].sequences // 8),)
+            count = sum(bin(byte).count("1") for byte in bitmap)
+            assert count == drawn[domain] == sum(d == domain for d, _ in planned)
+
+    def test_epochs_have_bitmaps_of_their_own(self, tiny_run, one_process, tmp_path):
+        # catches a second epoch refused as repetition, or counted on top of the first
+        phase = tiny_run.phase(
+            training={"steps": 5}, mixture={"rule": "static"}, proportions={"a": 1.0}, references={"a": 2.0}
+        )
+        run = one_process.run(run_phase, phase, save_after=5, folder=str(tmp_path / "checkpoint"))[0]
+        bitmaps = CheckpointReader(open_store(str(tmp_path / "checkpoint"))).arrays("consumed")
+        counts = {name: sum(bin(byte).count("1") for byte in bitmap) for name, bitmap in bitmaps.items()}
+        assert counts == {"a/0": SEQUENCES["a"], "a/1": SEQUENCES["a"]}
+        assert [(event["step"], event["event"]) for event in run.of_kind("event")] == [(3, "next_epoch")]
+
+    def test_nothing_is_a_pickle(self, whole_run):
+        # catches a checkpoint that runs code when it is opened
+        for name in CASES:
+            folder = whole_run(name)[1]
+            suffixes = {path.suffix for path in folder.iterdir()}
+            assert suffixes == {".safetensors", ".json"}
+            assert (folder / "gates.safetensors").exists() == ("masks" in name)
+
+    def test_index_names_every_file(self, whole_run):
+        # catches files of other ranks left out of the index, whose loss nobody would notice
+        folder = whole_run("zero3-masks")[1]
+        files = json.loads((folder / "index.json").read_text())["files"]
+        assert files == {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "index.json"}
+
+    def test_ranks_share_the_writing(self, whole_run):
+        # catches one rank writing everything
+        folder = whole_run("zero1-train")[1]
+        sizes = [path.stat().st_size for path in folder.glob("weights-*")]
+        assert len(sizes) == 2
+        assert max(sizes) < 1.5 * min(sizes)
+
+    def test_in_parts(self, tiny_run, two_processes, whole_run, tmp_path):
+        # catches parts that overwrite each other, and a reader that takes the first of each rank
+        folder = str(tmp_path / "parts")
+        two_processes.run(save_in_parts, case(tiny_run, "zero3-train"), folder, 10_000)
+        assert len(list(Path(folder).glob("weights-*"))) > 4
+        rest = two_processes.run(run_phase, case(tiny_run, "zero3-train"), resume=folder)
+        assert rest[0].history() == whole_run("zero3-train")[0][0].history(after=2)
+
+    def test_a_sequence_of_two_ranks_is_noticed(self, tiny_run, two_processes, tmp_path):
+        # catches a rank that reads another's share: the loss would look well
+        found = two_processes.run(save_with_repeated_draws, tiny_run.phase(), str(tmp_path / "checkpoint"))
+        assert all("were planned and" in text for text in found)
+        assert not list(tmp_path.glob("*/index.json"))
+
+
+def save_in_parts(rank, world, phase, folder, part_bytes):
+    kept, checkpoint.PART_BYTES = checkpoint.PART_BYTES, part_bytes
+    run_phase(rank, world, phase, save_after=2, folder=folder, until=2)
+    checkpoint.PART_BYTES = kept
+
+
+def save_with_repeated_draws(rank, world, phase, folder):
+    trainer = new_trainer(rank, world, phase)
+    trainer.stream.rank = 0
+    for report in training_reports(trainer):
+        if report["step"] == 1:
+            break
+    try:
+        save_all(trainer, folder)
+    except SequenceRepeatedError as error:
+        return str(error)
+    return ""
+
+
+class TestBuilding:
+    @pytest.mark.parametrize(("world", "micro"), [(3, 1), (2, 3), (1, 16)])
+    def test_refuses_a_batch_that_does_not_divide(self, tiny_run, world, micro):
+        # catches a global batch that is silently smaller than asked for
+        phase = tiny_run.phase(engine={"micro_batch_sequences": micro})
+        with pytest.raises(ValueError, match=f"8 sequences does not divide over {world} workers of {micro}"):
+            build_trainer(phase, Place(0, world, torch.device("cpu")), None, None)
+
+    def test_fresh_models_are_one(self, tiny_run, one_process, two_processes):
+        # catches ranks (or ZeRO 3's partitioned construction) that start from other weights
+        phases = [tiny_run.phase(fresh=True, stage=stage, training={"steps": 1}) for stage in (1, 3)]
+        runs = [group.run(run_phase, phase)[0] for group in (one_process, two_processes) for phase in phases]
+        for run in runs[1:]:
+            close(run.history(), runs[0].history(), 1e-5)
+            assert largest_difference(run.tensors, runs[0].tensors) < 1e-4

@@ -1,0 +1,90 @@
+"""Every benchmark runs at its smallest setting and prints its table. What the figures are is not asked here."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TESTED = {"corpus", "mask_overhead", "orchestration", "start", "streams"}
+
+
+def run(name: str, *arguments: str, seconds: int = 300) -> str:
+    """What a benchmark prints."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments],
+        env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_every_benchmark_is_tested():
+    """A benchmark that nobody runs breaks with the first change of what it measures."""
+    assert {path.stem for path in BENCHMARKS.glob("*.py")} == TESTED
+
+
+def test_mask_overhead():
+    printed = run("mask_overhead", "--sizes", "0.2M", "--rounds", "2")
+    rows = dict(re.findall(r"^ *0\.2M +(\w+) .*?x(\d\.\d+) \(", printed, flags=re.MULTILINE))
+    assert rows["plain"] == "1.000"  # by itself
+    assert {"again", "folded", "activations", "bookkeeping", "linears", "norms"} < set(rows)
+    assert all(0.2 < float(ratio) < 5 for ratio in rows.values())
+
+
+def test_corpus():
+    printed = run("corpus", "--megabytes", "0.3", "--vocabulary", "400", "--rounds", "1")
+    rows = re.findall(r"^(encode_batch|preparation).* {2,}([\d,]+) {2,}.* (\d+\.\d\d)$", printed, flags=re.MULTILINE)
+    assert len(rows) == 7
+    assert all(float(ratio) > 0 for *_, ratio in rows)
+
+
+def test_streams():
+    small = ["--steps", "3", "--sequence-tokens", "64", "--batch-tokens", "1024", "--domain-sequences", "256"]
+    printed = run("streams", "--rates", "0", "--ray-cpus", "4", *small)
+    for reader in ("DataLoader cursor", "Parquet, in process", "Ray Data feeder"):
+        assert re.search(rf"^{reader} +flat out .*%.*x$", printed, flags=re.MULTILINE), printed
+    assert ": 0 were off by 2" in printed, "proportions that change reach the very next batch"
+
+
+TINY = [
+    "source.train.shape={num_layers: 2, hidden_size: 32, num_heads: 2, num_kv_heads: 2, head_size: 16, "
+    "intermediate_size: 64}",
+    "source.train.tokenizer.vocab_size=400",
+    "source.train.global_batch_tokens=2048",
+    "corpus.sequence_tokens=64",
+    "corpus.split.eval=0.1",
+    "evaluation.sequences_per_domain=2",
+]
+
+
+@pytest.mark.slow
+def test_orchestration():
+    """Also that both sides train on the same: a batch that Ray brings otherwise would show in the last loss."""
+    sizes = ["--rounds", "1", "--steps", "30", "--skip", "2", "--megabytes", "0.1"]
+    printed = run("orchestration", *sizes, *TINY, "engine.micro_batch_sequences=16")
+    rows = re.findall(r"^ +1 +(bare loop|whole path) +.* (\d\.\d+)$", printed, flags=re.MULTILINE)
+    losses = {side: float(loss) for side, loss in rows}
+    assert losses["whole path"] == pytest.approx(losses["bare loop"], abs=1e-4)
+    assert re.search(r"whole path / bare loop, tokens/s: \d+\.\d+ \(.* to .*\); goal 0.95", printed)
+    assert re.search(r"evaluations took +\d+\.\d %", printed)
+
+
+@pytest.mark.slow
+def test_start():
+    """Also that the parts are all there and add up to the whole."""
+    printed = run(
+        "start", "--rounds", "1", "--megabytes", "0.1", *TINY, "pruning.target={hidden_size: 16}", seconds=600
+    )
+    parts = re.findall(r"^  \S.*? {2,}(\d+\.\d\d) +[\d.]+ +[\d.]+ +[\d.]+%$", printed, flags=re.MULTILINE)
+    whole = re.search(r"^the command, traced.*? {2,}(\d+\.\d\d)", printed, flags=re.MULTILINE)
+    assert len(parts) == 15
+    assert sum(map(float, parts)) == pytest.approx(float(whole[1]), abs=0.5)
+    assert re.search(r"^command / floor: \d", printed, flags=re.MULTILINE)

@@ -1,0 +1,269 @@
+"""Real kills in real runs: at most the steps since the last checkpoint are repeated, and nothing else differs."""
+
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from journeys import (
+    Journey,
+    check_data_account,
+    end_with_children,
+    largest_loss_difference,
+    last_rows,
+    ray_processes,
+    small_journey,
+    wait_until,
+)
+
+from actors.checkpoints import SNAPSHOT_NAME, settle_checkpoints
+from actors.training import run_phase
+from shearing.data.config import MixtureConfig
+from shearing.errors import UserError
+from shearing.pruning.config import PruningConfig
+from shearing.storage import open_store
+from shearing.training.config import EngineConfig, EvaluationConfig
+from shearing.training.phase import PhaseConfig
+
+STEPS, BATCH_SEQUENCES, CHECKPOINT_EVERY = 24, 8, 8
+ROUNDING = 1e-5  # nats a token, between runs that do the same sums in the same order
+REARRANGED = 2e-3  # the same after sums over another number of workers
+GONE_WITHIN_S = 30
+
+
+@pytest.fixture
+def pruning_phase(finished_journey):
+    """Mask learning of the finished journey as its driver described it, on the same corpus and source model."""
+    journey, done = finished_journey
+    assert done.returncode == 0, done.stderr
+    recipe = journey.json("report/report.json")["recipe"]
+    return PhaseConfig(
+        name="pruning",
+        model=journey.json("stages/source.json")["outputs"]["model"],
+        training=PruningConfig.model_validate(recipe["pruning"]),
+        engine=EngineConfig.model_validate(recipe["engine"]),
+        evaluation=EvaluationConfig.model_validate(recipe["evaluation"]),
+        corpus=journey.json("stages/corpus.json")["outputs"]["path"],
+        split="prune",
+        proportions={name: domain["proportion"] for name, domain in recipe["corpus"]["domains"].items()},
+        mixture=MixtureConfig.model_validate(recipe["mixture"]),
+        references=journey.json("stages/references.json")["outputs"]["losses"],
+        seed=recipe["seed"],
+    )
+
+
+class Killer:
+    """SIGKILLs one of Ray's processes below this one, once the metrics have come to a step."""
+
+    def __init__(self, journey: Journey, kills: dict[int, str]) -> None:
+        self.journey, self.kills = journey, kills
+        self.killed: list[str] = []
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._kill, daemon=True)
+
+    def __enter__(self) -> "Killer":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.over.set()
+        self.thread.join(timeout=10)
+
+    def _kill(self) -> None:
+        for step, title in sorted(self.kills.items()):
+            while not self.over.is_set() and not (newest_step(self.journey, "pruning") >= step):
+                time.sleep(0.01)
+            found = [] if self.over.is_set() else ray_processes(os.getpid(), title)
+            if found:
+                found[-1].send_signal(signal.SIGKILL)
+                self.killed.append(title)
+
+
+def newest_step(journey: Journey, phase: str) -> int:
+    return max(last_rows(journey.rows(phase), "step"), default=0)
+
+
+def resumed_at(journey: Journey, phase: str) -> list[int]:
+    return [row["step"] for row in journey.rows(phase) if row["kind"] == "event" and row["event"] == "resumed"]
+
+
+def check_resumed(journey: Journey, phase: str, times: int) -> None:
+    """So many starts from a checkpoint. Which one it was depends on how far the workers came while a signal flew."""
+    starts = resumed_at(journey, phase)
+    assert len(starts) == times, starts
+    assert all(step > 0 and step % CHECKPOINT_EVERY == 0 for step in starts)
+    assert starts == sorted(starts)
+
+
+def check_whole(journey: Journey, phase: str, expected: Journey, tolerance: float = ROUNDING) -> None:
+    """A phase that was interrupted came to what the uninterrupted one came to, and repeated little."""
+    rows = journey.rows(phase)
+    check_data_account(rows, STEPS, BATCH_SEQUENCES, journey.checkpoints(phase)[-1])
+    assert largest_loss_difference(rows, expected.rows(phase)) < tolerance
+    starts = resumed_at(journey, phase)
+    written = [row["step"] for row in rows if row["kind"] == "step"]
+    assert len(written) - STEPS <= CHECKPOINT_EVERY * max(1, len(starts)), (
+        "more than a checkpoint's steps were repeated"
+    )
+
+
+def run_with_kills(phase: PhaseConfig, folder: Path, kills: dict[int, str]) -> Journey:
+    journey = Journey(folder, [])
+    with Killer(journey, kills) as killer:
+        run_phase(phase, str(folder), lambda _report: None)
+    assert killer.killed == [title for _, title in sorted(kills.items())], "the phase ended before the kill"
+    return journey
+
+
+def test_killed_feeder_and_domain_weights_cost_nothing(ray_session, finished_journey, pruning_phase, tmp_path):
+    """Catches state that only an actor holds: a draw or a decision that dies with it."""
+    journey = run_with_kills(pruning_phase, tmp_path / "run", {6: "SequenceFeeder", 14: "DomainWeights"})
+    assert resumed_at(journey, "pruning") == [], "the workers themselves had to begin again"
+    check_whole(journey, "pruning", finished_journey[0])
+
+
+def test_killed_worker_goes_on_from_the_checkpoint(ray_session, finished_journey, pruning_phase, tmp_path):
+    """Catches gates, moments, random state, credit or proportions that a checkpoint leaves out."""
+    journey = run_with_kills(pruning_phase, tmp_path / "run", {11: "RayTrainWorker"})
+    check_resumed(journey, "pruning", 1)
+    check_whole(journey, "pruning", finished_journey[0])
+
+    # The phase is done. A driver that dies before it says so, with Ray Train's snapshot half written, begins it again:
+    snapshot = journey.workspace / "checkpoints/pruning" / SNAPSHOT_NAME
+    snapshot.write_bytes(snapshot.read_bytes()[:50])
+    before = journey.rows("pruning")
+    result = run_phase(pruning_phase, str(journey.workspace), lambda _report: None)
+    assert result.checkpoint == str(journey.checkpoints("pruning")[-1])
+    assert set(result.outcome) >= {"converged", "gaps", "missed"}
+    assert [row["event"] for row in journey.rows("pruning")[len(before) :]] == ["resumed"]
+
+
+def test_what_a_user_has_to_mend_is_not_tried_again(ray_session, pruning_phase, tmp_path):
+    """Catches three more starts of all workers, and a traceback, for a domain that simply ran out."""
+    stopping = pruning_phase.model_copy(update={"mixture": MixtureConfig(on_exhausted="stop")})
+    with pytest.raises(UserError, match="tables") as caught:
+        run_phase(stopping, str(tmp_path / "run"), lambda _report: None)
+    assert len(caught.value.problems) == 1
+    journey = Journey(tmp_path / "run", [])
+    assert resumed_at(journey, "pruning") == []
+    steps = [row["step"] for row in journey.rows("pruning") if row["kind"] == "step"]
+    assert steps == sorted(set(steps))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C is no longer the driver's"
+
+
+def test_only_whole_checkpoints_are_gone_on_from(finished_journey, tmp_path):
+    """Catches a half-written checkpoint taken for one, a whole one that is missed, and orphans that fill the disk."""
+    journey, _ = finished_journey
+    phase = tmp_path / "pruning"
+    shutil.copytree(journey.workspace / "checkpoints/pruning", phase)
+    older, newest = sorted(phase.glob("step-*"))
+    assert settle_checkpoints(open_store(str(phase))) == str(newest)
+    assert (phase / SNAPSHOT_NAME).exists()
+    assert older.exists()
+
+    unlisted = phase / newest.name.replace("step-00000024", "step-00000032")
+    shutil.copytree(newest, unlisted)
+    cut_off = phase / newest.name.replace("step-00000024", "step-00000040")
+    shutil.copytree(newest, cut_off)
+    weights = next(cut_off.glob("weights-*"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert settle_checkpoints(open_store(str(phase))) == str(unlisted)
+    assert not cut_off.exists()
+    assert (phase / SNAPSHOT_NAME).exists()
+
+    (unlisted / "index.json").write_text('{"format_ver')
+    next(newest.glob("weights-*")).unlink()
+    assert settle_checkpoints(open_store(str(phase))) == str(older)
+    assert [path.name for path in phase.glob("step-*")] == [older.name]
+    assert not (phase / SNAPSHOT_NAME).exists(), "it names a checkpoint that is gone"
+    assert settle_checkpoints(open_store(str(tmp_path / "nowhere"))) is None
+
+
+def ready_journey(finished: Journey, folder: Path) -> Journey:
+    """A run whose driver ended before mask learning: the marks and models of a finished run up to there."""
+    journey = small_journey(folder, shared=finished.workspace.parents[1])
+    (journey.workspace / "stages").mkdir(parents=True)
+    for stage in ("corpus", "source", "references"):
+        shutil.copy(finished.workspace / "stages" / f"{stage}.json", journey.workspace / "stages")
+    return journey
+
+
+def interrupt(journey: Journey, phase: str, step: int, number: signal.Signals) -> tuple[int, str]:
+    """Start the command, send its driver a signal at a step, and see that no process of it is left."""
+    process = journey.start()
+    try:
+        wait_until(lambda: newest_step(journey, phase) >= step or process.poll() is not None, f"step {step} of {phase}")
+        assert process.poll() is None, process.communicate()[1]
+        below = psutil.Process(process.pid).children(recursive=True)
+        assert any("raylet" in child.name() for child in below)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        _, left = psutil.wait_procs(below, timeout=GONE_WITHIN_S)
+        assert left == [], "processes were left behind"
+    finally:
+        end_with_children(process)
+    return process.returncode, err
+
+
+def check_stopped(journey: Journey, status: int, words: str, number: signal.Signals) -> None:
+    assert status == 128 + number
+    assert f"stopped by {number.name}" in words
+    assert f"python {Path('pipelines') / 'shear.py'} {journey.arguments[0]}" in words.replace(str(Path.cwd()) + "/", "")
+    assert "Traceback" not in words
+
+
+def test_killed_and_stopped_driver_goes_on_by_the_same_command(finished_journey, tmp_path):
+    """Catches what lives in the driver alone, a lock or process that outlives it, and a stop that reads as a crash."""
+    finished, _ = finished_journey
+    journey = ready_journey(finished, tmp_path / "again")
+    status, _ = interrupt(journey, "pruning", 11, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    status, words = interrupt(journey, "recovery", 11, signal.SIGTERM)
+    assert "finished already" in words
+    assert "goes on from step" in words
+    check_stopped(journey, status, words, signal.SIGTERM)
+    check_resumed(journey, "pruning", 1)
+    check_whole(journey, "pruning", finished)
+
+
+@pytest.mark.slow
+def test_killed_driver_in_every_phase_and_with_other_workers(finished_journey, tmp_path):
+    """The longest way: killed in both phases, stopped by Ctrl-C, and gone on with each time by other workers."""
+    finished, _ = finished_journey
+    journey = ready_journey(finished, tmp_path / "again")
+    one, two, four = (journey.with_overrides(f"engine.workers={count}") for count in (1, 2, 4))
+    assert interrupt(two, "pruning", 11, signal.SIGKILL)[0] == -signal.SIGKILL
+    status, words = interrupt(one, "pruning", 19, signal.SIGINT)
+    check_stopped(journey, status, words, signal.SIGINT)
+    assert interrupt(two, "recovery", 3, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert interrupt(two, "recovery", 13, signal.SIGKILL)[0] == -signal.SIGKILL
+    done = four.run()
+    assert done.returncode == 0, done.stderr
+    check_resumed(journey, "pruning", 2)
+    check_resumed(journey, "recovery", 1)
+    for phase in ("pruning", "recovery"):
+        check_whole(journey, phase, finished, REARRANGED)
+    assert journey.json("stages/extraction.json")["outputs"]["agrees"]
+
+
+@pytest.mark.slow
+def test_killed_actors_and_worker_in_continued_pretraining(finished_journey, tmp_path):
+    """Each of the run's processes, killed in a run of the real command that nobody starts again."""
+    finished, _ = finished_journey
+    journey = ready_journey(finished, tmp_path / "again")
+    process = journey.start()
+    try:
+        for step, title in ((5, "SequenceFeeder"), (10, "DomainWeights"), (19, "RayTrainWorker")):
+            wait_until(lambda: newest_step(journey, "recovery") >= step or process.poll() is not None, title)  # noqa: B023
+            assert process.poll() is None, process.communicate()[1]
+            ray_processes(process.pid, title)[0].send_signal(signal.SIGKILL)
+        _, err = process.communicate(timeout=300)
+    finally:
+        end_with_children(process)
+    assert process.returncode == 0, err
+    check_resumed(journey, "recovery", 1)
+    check_whole(journey, "recovery", finished)

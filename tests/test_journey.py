@@ -1,0 +1,260 @@
+"""The whole journey by the real command: text and a model in, a smaller model and a report out."""
+
+import json
+import math
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+from journeys import (
+    GOLDEN,
+    ROOT,
+    SHARED,
+    Journey,
+    check_data_account,
+    end_with_children,
+    environment,
+    last_rows,
+    redpajama_journey,
+    wait_until,
+)
+
+needs_sample = pytest.mark.skipif(
+    not (SHARED / "data/redpajama_sample").exists() or not (SHARED / "golden/models/llama_gqa").exists(),
+    reason="the sample in RedPajama's layout and the small golden model are not here",
+)
+LAYOUT = [
+    "recipe.yaml", "versions.json", "metrics/pruning.jsonl", "metrics/recovery.jsonl", "mixture/pruning/000000.json",
+    "mixture/recovery/000000.json", "pruned/config.json", "pruned/model.safetensors", "model/config.json",
+    "model/model.safetensors", "model/tokenizer.json", "model/generation_config.json", "report/index.html",
+    "report/report.json", "report/report.md",
+]  # fmt: skip
+STAGES = ["corpus", "source", "references", "pruning", "extraction", "recovery", "scores", "report"]
+
+# What a user has who knows nothing of this project: transformers, pyarrow and the model's folder.
+STOCK = """
+import json, sys
+import pyarrow.parquet as pq, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, shards, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), AutoTokenizer.from_pretrained(folder)
+model.eval()
+losses = {}
+for domain, shard in shards.items():
+    rows = torch.tensor(pq.read_table(shard).column("tokens").to_pylist()[:count])
+    with torch.no_grad():
+        losses[domain] = float(model(input_ids=rows, labels=rows).loss)
+prompt = tokenizer("the ", return_tensors="pt")
+text = tokenizer.decode(model.generate(**prompt, max_new_tokens=6, do_sample=False)[0])
+modules = [name for name in sys.modules if name.split(".")[0] in ("shearing", "actors", "orchestrator")]
+print(json.dumps({"losses": losses, "text": text, "parameters": model.num_parameters(), "modules": modules,
+                  "config": model.config.to_dict()}, default=str))
+"""
+
+
+def stock_transformers(journey: Journey, folder: str) -> dict:
+    """What a fresh process without this project makes of a folder of the run."""
+    corpus = Path(journey.json("stages/corpus.json")["outputs"]["path"])
+    domains = json.loads((corpus / "manifest.json").read_text())["domains"]
+    shards = {domain: str(corpus / splits["eval"]["shards"][0]["path"]) for domain, splits in domains.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, str(journey.workspace / folder), json.dumps(shards), "4"],
+        capture_output=True, text=True, cwd="/", env=environment(), timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_finished(journey: Journey, done: subprocess.CompletedProcess, target: dict[str, int]) -> None:
+    """Everything that a finished run promises."""
+    assert done.returncode == 0, done.stderr
+    assert f"report  {journey.workspace}/report/index.html" in done.stdout
+    for chatter in ("Traceback", "raylet", "worker processes have been started", "WARNING"):
+        assert chatter not in done.stderr + done.stdout, f"{chatter!r} reached a quiet console"
+    assert [name for name in LAYOUT if not (journey.workspace / name).is_file()] == []
+    marks = {stage: journey.json(f"stages/{stage}.json") for stage in STAGES}
+    assert all(mark["finished"] for mark in marks.values())
+    proof = marks["extraction"]["outputs"]
+    assert proof["agrees"], proof["largest_difference"]
+    assert math.isclose(proof["proof"]["reloaded"]["mean"], proof["proof"]["exact_target"]["mean"], abs_tol=1e-5)
+    check_report(journey, marks)
+    found = stock_transformers(journey, "model")
+    assert found["modules"] == []
+    assert len(found["text"]) > 4
+    assert {name: found["config"][name] for name in target} == target
+    recovered = marks["scores"]["outputs"]["models"]["recovered"]
+    assert found["parameters"] == recovered["parameters"]
+    for domain, loss in found["losses"].items():
+        assert math.isclose(loss, recovered["losses"][domain], abs_tol=2e-4), domain
+
+
+def check_report(journey: Journey, marks: dict) -> None:
+    """The report's figures are those of the metrics, as JSON lines hold them."""
+    report = journey.json("report/report.json")
+    for phase in ("pruning", "recovery"):
+        rows = last_rows(journey.rows(phase), "step")
+        steps = report["recipe"][phase]["steps"]
+        batch = report["recipe"][phase]["global_batch_tokens"] // report["recipe"]["corpus"]["sequence_tokens"]
+        check_data_account(journey.rows(phase), steps, batch, journey.checkpoints(phase)[-1])
+        shown = report["phases"][phase]
+        assert shown["steps"] == sorted(rows)
+        assert shown["loss"] == [rows[step]["loss"] for step in sorted(rows)]
+        for domain in rows[1]["drawn"]:
+            assert shown["drawn"][domain] == [rows[step]["drawn"][domain] for step in sorted(rows)]
+            assert shown["proportions"][domain] == [rows[step]["proportions"][domain] for step in sorted(rows)]
+        assert shown["summary"]["tokens"] == steps * report["recipe"][phase]["global_batch_tokens"]
+    assert report["scores"]["models"] == marks["scores"]["outputs"]["models"]
+    assert report["references"]["losses"] == marks["references"]["outputs"]["losses"]
+    # the model that recovery ended with is the one that was scored: its last evaluation saw the same sequences
+    last = last_rows(journey.rows("recovery"), "evaluation")[report["recipe"]["recovery"]["steps"]]
+    for domain, loss in last["losses"].items():
+        assert math.isclose(loss, report["scores"]["models"]["recovered"]["losses"][domain], abs_tol=1e-4)
+
+
+def check_nothing_is_done_again(journey: Journey, stages: list[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (journey.workspace / "stages").iterdir()}
+    again = journey.run(timeout_s=60)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("finished already") == len(stages)
+    assert all(f"] {stage}:" in again.stderr for stage in stages)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_small_text_and_a_model_trained_on_it(finished_journey):
+    """Catches any seam between two stages that the tests of either side do not see."""
+    journey, done = finished_journey
+    target = {"num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 64}
+    check_finished(journey, done, target)
+    events = [row for row in journey.rows("pruning") if row["kind"] == "event"]
+    assert any("tables begins epoch 2" in row["text"] for row in events), "the small domain was meant to run out"
+    check_nothing_is_done_again(journey, STAGES)
+
+
+def test_other_inputs_are_refused_in_a_workspace_that_has_work(finished_journey):
+    """Catches a changed recipe that silently goes on from another one's checkpoint."""
+    journey, _ = finished_journey
+    done = journey.with_overrides("pruning.learning_rate=5e-3").run(timeout_s=60)
+    assert done.returncode == 2
+    assert "pruning.learning_rate: 0.001 -> 0.005" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_sample
+def test_real_text_and_a_grouped_query_model(tmp_path):
+    """Two workers, ZeRO 3, RedPajama's layout, and a model that this project did not make."""
+    journey = redpajama_journey(tmp_path, *GOLDEN, "engine.workers=2", "engine.zero_stage=3")
+    target = {"num_hidden_layers": 3, "hidden_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2}
+    check_finished(journey, journey.run(), target)
+    check_nothing_is_done_again(journey, STAGES)
+
+
+# The sample as its recipe has it, source model and all. A scratch model is asked for once, with the last.
+@pytest.mark.slow
+@needs_sample
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_real_text_under_every_zero_stage(tmp_path_factory, zero_stage, workers):
+    folder = tmp_path_factory.getbasetemp() / "all-zero-stages"  # one prepared corpus for all
+    folder.mkdir(exist_ok=True)
+    few = [f"source.train.{key}" for key in ("steps=8", "warmup_steps=1", "global_batch_tokens=1024")]
+    workspace = folder / f"run-{zero_stage}-{workers}"
+    engine = [f"engine.zero_stage={zero_stage}", f"engine.workers={workers}", f"workspace={workspace}"]
+    scratch = ["scratch={}"] if (zero_stage, workers) == (3, 2) else []
+    journey = Journey(workspace, redpajama_journey(folder, *few, *engine, *scratch).arguments)
+    target = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 128}
+    check_finished(journey, journey.run(), target)
+    # The same mathematics in another arrangement: ZeRO stage and workers may only change rounding.
+    first = Journey(folder / "run-1-1", []).rows("pruning")
+    if first:
+        own, others = last_rows(journey.rows("pruning"), "step"), last_rows(first, "step")
+        assert max(abs(own[step]["loss"] - others[step]["loss"]) for step in own) < 2e-3
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A cluster by `ray start --head` with ports and a folder of its own; the environment that reaches it."""
+    ports = free_ports(6)
+    with tempfile.TemporaryDirectory(prefix="shear-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        words = environment() | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
+        words["PATH"] = f"{Path(sys.executable).parent}:{words['PATH']}"
+        names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port",
+                 "dashboard-agent-grpc-port", "metrics-export-port")  # fmt: skip
+        given = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
+        log = tmp_path / "ray-start.log"
+        with log.open("w") as file:
+            head = subprocess.Popen(
+                ["ray", "start", "--head", "--block", "--num-cpus=6", f"--temp-dir={folder}", *given],
+                env=words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        try:
+            address = f"http://127.0.0.1:{ports[1]}"
+            ready = ["ray", "job", "list", f"--address={address}"]
+
+            def answers() -> bool:
+                done = subprocess.run(ready, env=words, capture_output=True, check=False)
+                return head.poll() is not None or done.returncode == 0
+
+            wait_until(answers, "the cluster", every_s=1)
+            assert head.poll() is None, log.read_text()
+            yield words | {"RAY_API_SERVER_ADDRESS": address}
+        finally:
+            end_with_children(head)
+            end_of(folder)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def end_of(folder: str) -> None:
+    """End what a node started for itself: processes that name its folder, which no other node has."""
+    for process in psutil.process_iter():
+        try:
+            if folder in " ".join(process.cmdline()):
+                process.kill()
+        except psutil.Error:
+            continue
+
+
+@pytest.mark.slow
+@needs_sample
+def test_the_same_by_a_submitted_job(cluster, tmp_path):
+    """Catches what works only from a checkout: paths, imports, environment and handlers are another under a job."""
+    journey = redpajama_journey(tmp_path, *GOLDEN, "engine.workers=2", "engine.zero_stage=2")
+    words = ["python", "pipelines/shear.py", *(word.replace(f"{ROOT}/", "") for word in journey.arguments)]
+
+    def submit(*more: str) -> subprocess.CompletedProcess:
+        entry = shlex.join([*words, *more])
+        return subprocess.run(
+            ["ray", "job", "submit", "--working-dir", ".", "--", "bash", "-c", shlex.quote(entry)],
+            env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
+        )  # fmt: skip
+
+    done = submit()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "joining the Ray cluster at" in done.stdout
+    assert "succeeded" in done.stdout + done.stderr
+    for chatter in ("Traceback", "(raylet)"):
+        assert chatter not in done.stdout
+    check_report(journey, {stage: journey.json(f"stages/{stage}.json") for stage in STAGES})
+    assert stock_transformers(journey, "model")["text"]
+
+    again = submit()
+    assert again.returncode == 0
+    assert again.stdout.count("finished already") == len(STAGES)
+
+    wrong = submit("pruning.stepps=3")
+    assert wrong.returncode != 0
+    assert "did you mean pruning.steps?" in wrong.stdout
+    assert "exit code 2" in wrong.stdout + wrong.stderr
