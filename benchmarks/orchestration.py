@@ -56,7 +56,7 @@ from shearing.training.schedule import learning_rate
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "pipelines" / "recipes" / "quickstart.yaml"
 GOAL = 0.95
-RAY_NICENESS = 15
+RAY_NICENESS = int(os.environ.get("RAY_worker_niceness", "15"))
 """Ray lowers the priority of its workers; on one side alone, that would charge it for what else runs here."""
 
 

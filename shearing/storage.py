@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -69,7 +70,7 @@ class Store:
             with self.filesystem.open_output_stream(path, compression=None) as stream:
                 stream.write(data)
             return
-        temporary = f"{path}.{os.getpid()}.partial"
+        temporary = f"{path}.{os.getpid()}-{threading.get_ident()}.partial"
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()

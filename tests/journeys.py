@@ -215,7 +215,7 @@ def largest_loss_difference(rows: list[dict[str, Any]], expected: list[dict[str,
     return max(differences)
 
 
-def wait_until(holds: Callable[[], Any], what: str, timeout_s: float = 120, every_s: float = 0.02) -> Any:
+def wait_until(holds: Callable[[], Any], what: str, timeout_s: float = 300, every_s: float = 0.02) -> Any:
     """What `holds` returns once it is true; AssertionError after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not (found := holds()):

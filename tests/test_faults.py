@@ -1,15 +1,18 @@
 """Real kills in real runs: at most the steps since the last checkpoint are repeated, and nothing else differs."""
 
 import os
+import shlex
 import shutil
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 from journeys import (
+    SCRIPT,
     Journey,
     check_data_account,
     end_with_children,
@@ -33,6 +36,11 @@ STEPS, BATCH_SEQUENCES, CHECKPOINT_EVERY = 24, 8, 8
 ROUNDING = 1e-5  # nats a token, between runs that do the same sums in the same order
 REARRANGED = 2e-3  # the same after sums over another number of workers
 GONE_WITHIN_S = 30
+AGENTS = (
+    "ray::DashboardAgent",
+    "ray::RuntimeEnvAgent",
+)  # Ray's own, which try for 60 s to tell a dead node of its death
+AGENTS_GONE_WITHIN_S = 120
 
 
 @pytest.fixture
@@ -192,27 +200,43 @@ def ready_journey(finished: Journey, folder: Path) -> Journey:
     return journey
 
 
-def interrupt(journey: Journey, phase: str, step: int, number: signal.Signals) -> tuple[int, str]:
-    """Start the command, send its driver a signal at a step, and see that no process of it is left."""
+@dataclass
+class Stop:
+    """How a command ended that got a signal, and Ray's agents that were left at that moment."""
+
+    status: int
+    words: str
+    agents: list[psutil.Process]
+
+
+def interrupt(journey: Journey, phase: str, step: int, number: signal.Signals) -> Stop:
+    """Start the command, send its driver a signal at a step, and see that none of its processes works on."""
     process = journey.start()
     try:
         wait_until(lambda: newest_step(journey, phase) >= step or process.poll() is not None, f"step {step} of {phase}")
         assert process.poll() is None, process.communicate()[1]
         below = psutil.Process(process.pid).children(recursive=True)
         assert any("raylet" in child.name() for child in below)
+        agents = [child for child in below if child.name().startswith(tuple(name[:15] for name in AGENTS))]
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-        _, left = psutil.wait_procs(below, timeout=GONE_WITHIN_S)
+        _, words = process.communicate(timeout=60)
+        _, left = psutil.wait_procs([child for child in below if child not in agents], timeout=GONE_WITHIN_S)
         assert left == [], "processes were left behind"
     finally:
         end_with_children(process)
-    return process.returncode, err
+    return Stop(process.returncode, words, agents)
 
 
-def check_stopped(journey: Journey, status: int, words: str, number: signal.Signals) -> None:
-    assert status == 128 + number
+def check_agents_gone(*stops: Stop) -> None:
+    _, left = psutil.wait_procs([agent for stop in stops for agent in stop.agents], timeout=AGENTS_GONE_WITHIN_S)
+    assert left == [], "processes were left behind"
+
+
+def check_stopped(journey: Journey, stop: Stop, number: signal.Signals) -> None:
+    words = stop.words
+    assert stop.status == 128 + number
     assert f"stopped by {number.name}" in words
-    assert f"python {Path('pipelines') / 'shear.py'} {journey.arguments[0]}" in words.replace(str(Path.cwd()) + "/", "")
+    assert shlex.join(["python", str(SCRIPT), *journey.arguments]) in words
     assert "Traceback" not in words
 
 
@@ -220,14 +244,15 @@ def test_killed_and_stopped_driver_goes_on_by_the_same_command(finished_journey,
     """Catches what lives in the driver alone, a lock or process that outlives it, and a stop that reads as a crash."""
     finished, _ = finished_journey
     journey = ready_journey(finished, tmp_path / "again")
-    status, _ = interrupt(journey, "pruning", 11, signal.SIGKILL)
-    assert status == -signal.SIGKILL
-    status, words = interrupt(journey, "recovery", 11, signal.SIGTERM)
-    assert "finished already" in words
-    assert "goes on from step" in words
-    check_stopped(journey, status, words, signal.SIGTERM)
+    killed = interrupt(journey, "pruning", 11, signal.SIGKILL)
+    assert killed.status == -signal.SIGKILL
+    stopped = interrupt(journey, "recovery", 11, signal.SIGTERM)
+    assert "finished already" in stopped.words
+    assert "goes on from step" in stopped.words
+    check_stopped(journey, stopped, signal.SIGTERM)
     check_resumed(journey, "pruning", 1)
     check_whole(journey, "pruning", finished)
+    check_agents_gone(killed, stopped)
 
 
 @pytest.mark.slow
@@ -236,11 +261,12 @@ def test_killed_driver_in_every_phase_and_with_other_workers(finished_journey, t
     finished, _ = finished_journey
     journey = ready_journey(finished, tmp_path / "again")
     one, two, four = (journey.with_overrides(f"engine.workers={count}") for count in (1, 2, 4))
-    assert interrupt(two, "pruning", 11, signal.SIGKILL)[0] == -signal.SIGKILL
-    status, words = interrupt(one, "pruning", 19, signal.SIGINT)
-    check_stopped(journey, status, words, signal.SIGINT)
-    assert interrupt(two, "recovery", 3, signal.SIGKILL)[0] == -signal.SIGKILL
-    assert interrupt(two, "recovery", 13, signal.SIGKILL)[0] == -signal.SIGKILL
+    first = interrupt(two, "pruning", 11, signal.SIGKILL)
+    second = interrupt(one, "pruning", 19, signal.SIGINT)
+    check_stopped(one, second, signal.SIGINT)
+    third = interrupt(two, "recovery", 3, signal.SIGKILL)
+    fourth = interrupt(two, "recovery", 13, signal.SIGKILL)
+    assert {stop.status for stop in (first, third, fourth)} == {-signal.SIGKILL}
     done = four.run()
     assert done.returncode == 0, done.stderr
     check_resumed(journey, "pruning", 2)
@@ -248,6 +274,7 @@ def test_killed_driver_in_every_phase_and_with_other_workers(finished_journey, t
     for phase in ("pruning", "recovery"):
         check_whole(journey, phase, finished, REARRANGED)
     assert journey.json("stages/extraction.json")["outputs"]["agrees"]
+    check_agents_gone(first, second, third, fourth)
 
 
 @pytest.mark.slow

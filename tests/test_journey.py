@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from journeys import (
     check_data_account,
     end_with_children,
     environment,
+    largest_loss_difference,
     last_rows,
     redpajama_journey,
     wait_until,
@@ -144,35 +144,40 @@ def test_other_inputs_are_refused_in_a_workspace_that_has_work(finished_journey)
     assert "Traceback" not in done.stderr
 
 
+ARRANGEMENTS = [
+    pytest.param(zero_stage, workers, marks=() if (zero_stage, workers) == (3, 2) else pytest.mark.slow)
+    for zero_stage in (1, 2, 3)
+    for workers in (1, 2)
+]
+
+
 @needs_sample
-def test_real_text_and_a_grouped_query_model(tmp_path):
-    """Two workers, ZeRO 3, RedPajama's layout, and a model that this project did not make."""
-    journey = redpajama_journey(tmp_path, *GOLDEN, "engine.workers=2", "engine.zero_stage=3")
+@pytest.mark.parametrize(("zero_stage", "workers"), ARRANGEMENTS)
+def test_real_text_and_a_grouped_query_model(tmp_path_factory, zero_stage, workers):
+    """RedPajama's layout and a model that this project did not make, under every ZeRO stage."""
+    folder = tmp_path_factory.getbasetemp() / "arrangements"  # one prepared corpus for all
+    folder.mkdir(exist_ok=True)
+    workspace = folder / f"run-{zero_stage}-{workers}"
+    engine = [f"engine.zero_stage={zero_stage}", f"engine.workers={workers}", f"workspace={workspace}"]
+    journey = Journey(workspace, redpajama_journey(folder, *GOLDEN, *engine).arguments)
     target = {"num_hidden_layers": 3, "hidden_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2}
     check_finished(journey, journey.run(), target)
     check_nothing_is_done_again(journey, STAGES)
+    # The same sums in another arrangement: ZeRO stage and workers may change nothing but rounding.
+    first = Journey(folder / "run-1-1", []).rows("pruning")
+    assert largest_loss_difference(journey.rows("pruning"), first) < 1e-3
 
 
-# The sample as its recipe has it, source model and all. A scratch model is asked for once, with the last.
 @pytest.mark.slow
 @needs_sample
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_real_text_under_every_zero_stage(tmp_path_factory, zero_stage, workers):
-    folder = tmp_path_factory.getbasetemp() / "all-zero-stages"  # one prepared corpus for all
-    folder.mkdir(exist_ok=True)
+def test_real_text_as_its_recipe_has_it(tmp_path):
+    """With a source model of its own and the comparison from nothing: the stages that a given model leaves out."""
     few = [f"source.train.{key}" for key in ("steps=8", "warmup_steps=1", "global_batch_tokens=1024")]
-    workspace = folder / f"run-{zero_stage}-{workers}"
-    engine = [f"engine.zero_stage={zero_stage}", f"engine.workers={workers}", f"workspace={workspace}"]
-    scratch = ["scratch={}"] if (zero_stage, workers) == (3, 2) else []
-    journey = Journey(workspace, redpajama_journey(folder, *few, *engine, *scratch).arguments)
+    journey = redpajama_journey(tmp_path, *few, "scratch={}", "engine.workers=2")
     target = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 128}
     check_finished(journey, journey.run(), target)
-    # The same mathematics in another arrangement: ZeRO stage and workers may only change rounding.
-    first = Journey(folder / "run-1-1", []).rows("pruning")
-    if first:
-        own, others = last_rows(journey.rows("pruning"), "step"), last_rows(first, "step")
-        assert max(abs(own[step]["loss"] - others[step]["loss"]) for step in own) < 2e-3
+    scratch = journey.json("stages/scores.json")["outputs"]["models"]["scratch"]
+    assert scratch["parameters"] == journey.json("stages/scores.json")["outputs"]["models"]["recovered"]["parameters"]
 
 
 @pytest.fixture
@@ -235,9 +240,8 @@ def test_the_same_by_a_submitted_job(cluster, tmp_path):
     words = ["python", "pipelines/shear.py", *(word.replace(f"{ROOT}/", "") for word in journey.arguments)]
 
     def submit(*more: str) -> subprocess.CompletedProcess:
-        entry = shlex.join([*words, *more])
         return subprocess.run(
-            ["ray", "job", "submit", "--working-dir", ".", "--", "bash", "-c", shlex.quote(entry)],
+            ["ray", "job", "submit", "--working-dir", ".", "--", *words, *more],
             env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
         )  # fmt: skip
 
@@ -245,8 +249,7 @@ def test_the_same_by_a_submitted_job(cluster, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "joining the Ray cluster at" in done.stdout
     assert "succeeded" in done.stdout + done.stderr
-    for chatter in ("Traceback", "(raylet)"):
-        assert chatter not in done.stdout
+    assert "Traceback" not in done.stdout
     check_report(journey, {stage: journey.json(f"stages/{stage}.json") for stage in STAGES})
     assert stock_transformers(journey, "model")["text"]
 

@@ -19,7 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 
 from shearing.storage import Store
-from shearing.training.engine import ADAM_MOMENTS, Engine
+from shearing.training.engine import ADAM_MOMENTS, Engine, NamedState
 
 INDEX_NAME = "index.json"
 STATE_NAME = "state.json"
@@ -44,9 +44,11 @@ class _PartWriter:
         self.tensors: dict[str, torch.Tensor] = {}
         self.files: dict[str, int] = {}
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        self.tensors[name] = tensor.contiguous()
-        self.held_bytes += tensor.nbytes
+    def add(self, state: NamedState) -> None:
+        """Take a parameter with its moments; they stay in one file, for loading reads file by file."""
+        tensors = {state.name: state.value} | {f"{state.name}::{key}": m for key, m in state.moments.items()}
+        self.tensors |= {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self.held_bytes += sum(tensor.nbytes for tensor in tensors.values())
         if self.held_bytes >= PART_BYTES:
             self.flush()
 
@@ -72,9 +74,7 @@ def save_checkpoint(
         owner = held_bytes.index(min(held_bytes))
         held_bytes[owner] += entry.value.nbytes
         if owner == rank:
-            writer.add(entry.name, entry.value)
-            for key, moment in entry.moments.items():
-                writer.add(f"{entry.name}::{key}", moment)
+            writer.add(entry)
     writer.flush()
     gathered: list[dict[str, int]] = [{} for _ in range(world)]
     dist.all_gather_object(gathered, writer.files)
@@ -137,7 +137,8 @@ def load_checkpoint(engine: Engine, reader: CheckpointReader, step: int) -> None
     for number, file in enumerate(reader.weight_files):
         owner = number % world
         tensors = reader.weights(file) if owner == rank else {}
-        listing: list[Any] = [{name: tuple(t.shape) for name, t in tensors.items() if "::" not in name}]
+        whole_names = [n for n in tensors if all(f"{n}::{moment}" in tensors for moment in ADAM_MOMENTS)]
+        listing: list[Any] = [{name: tuple(tensors[name].shape) for name in whole_names}]
         dist.broadcast_object_list(listing, src=owner)
         for name, shape in listing[0].items():
             whole = {
@@ -148,7 +149,7 @@ def load_checkpoint(engine: Engine, reader: CheckpointReader, step: int) -> None
             engine.load(parameters[name], whole[name], moments)
             missing.discard(name)
     if missing:
-        raise IncompleteCheckpointError(f"{reader.store.uri} has no weights for {sorted(missing)[:5]}")
+        raise IncompleteCheckpointError(f"{reader.store.uri} has no weights or moments for {sorted(missing)[:5]}")
 
 
 def _handed_out(tensor: torch.Tensor | None, shape: tuple[int, ...], owner: int, device: torch.device) -> torch.Tensor:

@@ -51,7 +51,7 @@ def deepspeed_config(training: TrainingConfig, engine: EngineConfig, accumulatio
 
 
 def partitioned_loading(config: dict[str, Any]) -> object | None:
-    """Under ZeRO 3, make `from_pretrained` and `from_config` build models partitioned from the start.
+    """Under ZeRO 3, make `from_pretrained` load models partitioned from the start.
 
     The object returned must be kept alive while the model is made. None for the other stages.
     """

@@ -101,22 +101,25 @@ def extract_model(config: ExportConfig) -> dict[str, Any]:
     arrays = {name: torch.from_numpy(value) for name, value in reader.arrays("gates").items()}
     gates = learned_gates(arrays, Gates(groups))
 
-    masked = load_model(source, dtype, config.trust_remote_code)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    masked: nn.Module = load_model(source, dtype, config.trust_remote_code)
+    masked.to(device)
     fill(masked, tensors)
     slots = attach_gates(masked, family)
     exact = gates.deterministic(exact=True)
     slots.set(gates.deterministic(exact=False))
-    proof = {"learned": _losses(masked, config)}
+    proof = {"learned": _losses(masked, config, device)}
     slots.set(exact)
-    proof["exact_target"] = _losses(masked, config)
+    proof["exact_target"] = _losses(masked, config, device)
     slots.set(None)
     del masked, slots
 
     new_config, weights = extract(model_config, family, tensors, exact, target)
     extracted = dict(weights)
-    small = new_model(new_config, dtype)
+    small: nn.Module = new_model(new_config, dtype)
+    small.to(device)
     fill(small, extracted)
-    proof["extracted"] = _losses(small, config)
+    proof["extracted"] = _losses(small, config, device)
     _write(open_store(config.destination), new_config, extracted.items(), source)
     return {
         "model": config.destination,
@@ -152,10 +155,8 @@ def with_mean(losses: dict[str, float]) -> dict[str, Any]:
     return {"mean": sum(losses.values()) / len(losses), "domains": losses}
 
 
-def _losses(model: nn.Module, config: ExportConfig) -> dict[str, Any]:
+def _losses(model: nn.Module, config: ExportConfig, device: str) -> dict[str, Any]:
     sequences = held_out_sequences(open_store(config.corpus), config.sequences_per_domain)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
     return with_mean(mean_losses(domain_loss_sums(model, sequences, config.batch_sequences, device)))
 
 

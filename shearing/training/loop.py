@@ -124,15 +124,16 @@ class Trainer:
 
     def forward_backward(self, batch: Batch) -> torch.Tensor:
         """Gradients and the weights' update. Returns [domains, 2]: this rank's loss sums in nats, and sequences."""
-        sums = torch.zeros(len(self.domains), 2, dtype=torch.float64)
+        sums = torch.zeros(len(self.domains), 2, dtype=torch.float64, device=self.engine.device)
         self.engine.begin_update(learning_rate(self.config, self.state.step))
         self.engine.model.train()
         for draws, host_tokens_BT in batch.micro_batches(self.micro_batch_sequences):
             tokens_BT = host_tokens_BT.to(self.engine.device, non_blocking=True)
             loss_B = sequence_losses(self.engine.logits(tokens_BT), tokens_BT)
             self.engine.accumulate(loss_B.mean())
-            for draw, loss in zip(draws, loss_B.detach().double().tolist(), strict=True):
-                sums[self.domains.index(draw.domain)] += torch.tensor([loss, 1.0], dtype=torch.float64)
+            domain_B = torch.tensor([self.domains.index(draw.domain) for draw in draws]).to(sums.device)
+            loss_and_one_B2 = torch.stack([loss_B.detach().double(), torch.ones_like(loss_B, dtype=sums.dtype)], dim=1)
+            sums.index_add_(0, domain_B, loss_and_one_B2)  # on the device: reading a loss here would wait for it
         return sums
 
     def update_gates(self) -> None:
@@ -142,9 +143,8 @@ class Trainer:
 
     def finish_step(self, batch: Batch, sums: torch.Tensor) -> Report:
         """Count the step, and say what it did. Raises TrainingDivergedError for a loss that is not finite."""
-        total = sums.to(self.engine.device)
-        dist.all_reduce(total)
-        total = total.cpu()
+        dist.all_reduce(sums)
+        total = sums.cpu()
         loss = float(total[:, 0].sum() / total[:, 1].sum())
         if not math.isfinite(loss):
             raise TrainingDivergedError(

@@ -94,8 +94,15 @@ class MaskLearner:
         for key, value in tensors.items():
             kind, _, name = key.partition(":")
             states[kind][name] = value
-        self.gates.load_state_dict(states["gates"])
-        self.lagrangian.load_state_dict(states["lagrangian"])
+        for module, state in ((self.gates, states["gates"]), (self.lagrangian, states["lagrangian"])):
+            held = {name: value.shape for name, value in module.state_dict().items()}
+            found = {name: value.shape for name, value in state.items()}
+            if held != found:
+                raise ValueError(
+                    f"the checkpoint holds {found}, this recipe asks for {held}: it belongs to other gate groups. "
+                    f"Resume with the recipe that wrote it."
+                )
+            module.load_state_dict(state)
         load_optimizer_tensors(self.optimizer, states["optimizer"])
 
 

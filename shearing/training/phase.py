@@ -83,7 +83,8 @@ def build_trainer(phase: PhaseConfig, place: Place, source: SequenceSource, mixt
             f"engine.micro_batch_sequences or {phase.name}.global_batch_tokens"
         )
     config = deepspeed_config(phase.training, phase.engine, accumulation_steps)
-    kept = partitioned_loading(config)
+    # fresh weights are drawn whole: drawn part by part under ZeRO 3 they would be others than those of ZeRO 1 and 2
+    kept = None if phase.fresh else partitioned_loading(config)
     torch.manual_seed(phase.seed)
     dtype, folder = DTYPES[phase.engine.dtype], local_directory(phase.model)
     if phase.fresh:

@@ -181,7 +181,7 @@ def engine_tensors(trainer):
 
 def save_all(trainer, folder):
     """Every rank writes to a folder of its own, as on machines of their own; storage then holds all of them."""
-    own = Path(f"{folder}-of-rank-{trainer.stream.rank}")
+    own = Path(f"{folder}-of-rank-{dist.get_rank()}")
     own.mkdir(parents=True)
     Path(folder).mkdir(parents=True, exist_ok=True)
     save(trainer, own)

@@ -78,7 +78,7 @@ class TestLoading:
         index["files"][file.name] = file.stat().st_size
         store.write_json("index.json", index)
         text = one_process.run(refused, tiny_run.phase(pruning=True, stage=3), str(copy))[0]
-        assert "has no weights for ['model.layers.1.mlp.up_proj.weight']" in text
+        assert "has no weights or moments for ['model.layers.1.mlp.up_proj.weight']" in text
 
 
 def refused(rank, world, phase, folder):
