@@ -32,7 +32,7 @@ from shearing.training.loop import Report, Trainer, TrainingDivergedError, event
 from shearing.training.phase import PhaseConfig, Place, build_trainer, restore, save
 
 KEPT_CHECKPOINTS = 2
-POLL_S = 0.5
+POLL_S = 1.0
 SETUP_ATTEMPTS = 3
 
 
@@ -169,7 +169,8 @@ def _train(settings: dict[str, Any], place: Place, log: "_RankLog") -> dict[str,
     if (checkpoint := later_checkpoint(ray.train.get_checkpoint(), settings["resume_from"])) is not None:
         restore(trainer, CheckpointReader(checkpoint))
         name, step = checkpoint_name(checkpoint), trainer.state.step
-        log.push(event_report(step, "resumed", f"goes on from step {step:,} with {place.world} workers"))
+        workers = "1 worker" if place.world == 1 else f"{place.world} workers"
+        log.push(event_report(step, "resumed", f"goes on from step {step:,} with {workers}"))
     for report in training_reports(trainer):
         log.push(report)
         if trainer.settled(report) and trainer.checkpoint_due():

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from shearing.models.family import FAMILIES
-from shearing.models.loading import llama_config, new_model
+from shearing.models.family import FAMILIES, llama_config
+from shearing.models.loading import new_model
 from shearing.models.shape import Shape, TargetShape
 from shearing.pruning.config import GatesConfig
 from shearing.pruning.gates import Gates

@@ -45,7 +45,8 @@ from shearing.data.source import make_orders
 from shearing.data.tokenizer_training import ensure_trained_tokenizer
 from shearing.data.tokenizing import load_tokenizer
 from shearing.data.unit_work import prepare_unit
-from shearing.models.loading import llama_config, new_model, read_config, write_json
+from shearing.models.family import llama_config
+from shearing.models.loading import new_model, read_config, write_json
 from shearing.storage import Store, open_store
 from shearing.training.batches import BatchStream
 from shearing.training.config import TrainingConfig
@@ -56,7 +57,7 @@ from shearing.training.schedule import learning_rate
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "pipelines" / "recipes" / "quickstart.yaml"
 GOAL = 0.95
-RAY_NICENESS = int(os.environ.get("RAY_worker_niceness", "15"))
+RAY_NICENESS = int(os.environ.get("RAY_worker_niceness", "15"))  # noqa: SIM112
 """Ray lowers the priority of its workers; on one side alone, that would charge it for what else runs here."""
 
 

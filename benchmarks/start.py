@@ -180,7 +180,8 @@ def make_model(folder: Path, texts: list[str]) -> str:
     """A source model of the quickstart's shape with fresh weights, and the tokenizer of its text."""
     from orchestrator.recipe_loading import load_recipe
     from shearing.data.tokenizer_training import ensure_trained_tokenizer
-    from shearing.models.loading import llama_config, model_tensors, new_model, write_model_directory
+    from shearing.models.family import llama_config
+    from shearing.models.loading import model_tensors, new_model, write_model_directory
 
     recipe = load_recipe(str(QUICKSTART), texts)
     train = recipe.source.train

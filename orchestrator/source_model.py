@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.recipe import Recipe, SourceTrainingConfig
+from orchestrator.recipe import Recipe
 from shearing.errors import UserError
-from shearing.models.family import FAMILIES, Family, check_shape, family_of, shape_of, vocabulary_of
+from shearing.models.family import FAMILIES, Family, check_shape, family_of, llama_config, shape_of, vocabulary_of
 from shearing.models.shape import Shape
 from shearing.pruning.target import check_target, target_shape
 
@@ -26,22 +26,16 @@ class SourceFacts:
     tokenizer_vocabulary: int | None = None
 
 
-def trained_source_config(train: SourceTrainingConfig, sequence_tokens: int) -> dict[str, Any]:
-    """The config.json of a source model that the run trains itself: llama's, heads of the recipe's size."""
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": train.tokenizer.vocab_size,
-        "hidden_size": train.shape.hidden_size,
-        "intermediate_size": train.shape.intermediate_size,
-        "num_hidden_layers": train.shape.num_layers,
-        "num_attention_heads": train.shape.num_heads,
-        "num_key_value_heads": train.shape.num_kv_heads,
-        "head_dim": train.shape.head_size,
-        "max_position_embeddings": sequence_tokens,
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-5,
-    }
+def trained_source_config(recipe: Recipe, vocabulary: int, boundary_token_id: int | None = None) -> dict[str, Any]:
+    """The config.json of a source model that the run trains itself: a llama with room for twice a sequence."""
+    assert recipe.source.train is not None
+    return llama_config(
+        recipe.source.train.shape,
+        vocabulary,
+        2 * recipe.corpus.sequence_tokens,
+        bos_token_id=boundary_token_id,
+        eos_token_id=boundary_token_id,
+    )
 
 
 def inspect_source(recipe: Recipe) -> SourceFacts:
@@ -56,7 +50,7 @@ def inspect_source(recipe: Recipe) -> SourceFacts:
         )
         return facts
     if source.train is not None:
-        facts.config = trained_source_config(source.train, recipe.corpus.sequence_tokens)
+        facts.config = trained_source_config(recipe, source.train.tokenizer.vocab_size)
         facts.tokenizer_vocabulary = source.train.tokenizer.vocab_size
         facts.problems += check_shape(FAMILIES["llama"], source.train.shape, "source.train.shape")
     elif source.model is not None:

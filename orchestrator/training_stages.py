@@ -7,11 +7,12 @@ from typing import Any
 from actors.export import export_on_cluster, extract_on_cluster
 from actors.held_out_losses import measure_losses
 from actors.training import PhaseResult, run_phase
+from orchestrator.source_model import trained_source_config
 from orchestrator.stage import Context
 from orchestrator.stages import score_protocol, source_model, task_resources
 from shearing.data.manifest import TOKENIZER_FOLDER
 from shearing.models.directories import local_directory, publish_directory
-from shearing.models.loading import GENERATION_FILE, TOKENIZER_FILES, llama_config, write_json
+from shearing.models.loading import GENERATION_FILE, TOKENIZER_FILES, write_json
 from shearing.training.config import TrainingConfig
 from shearing.training.export import ExportConfig, agreement, with_mean
 from shearing.training.phase import PhaseConfig, PhaseName
@@ -130,16 +131,9 @@ def _export(context: Context, result: PhaseResult, source: str, folder: str) -> 
 def _write_source_shape(context: Context) -> str:
     """A directory with config.json and tokenizer but no weights, for a model that starts from nothing."""
     recipe, (corpus, manifest) = context.recipe, context.corpus()
-    assert recipe.source.train is not None
     store = context.workspace.store.child("source-shape")
     boundary = manifest.tokenizer.boundary_token_id
-    config = llama_config(
-        recipe.source.train.shape,
-        manifest.tokenizer.vocab_size,
-        2 * manifest.sequence_tokens,
-        bos_token_id=boundary,
-        eos_token_id=boundary,
-    )
+    config = trained_source_config(recipe, manifest.tokenizer.vocab_size, boundary)
     tokenizer = local_directory(corpus.child(TOKENIZER_FOLDER).uri)
     with TemporaryDirectory() as folder:
         for name in TOKENIZER_FILES:

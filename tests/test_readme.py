@@ -139,7 +139,8 @@ def test_corpus_and_scores(tmp_path):
     """The two commands one after the other, on less text, and the second word for word on what the first left."""
     import torch
 
-    from shearing.models.loading import llama_config, model_tensors, new_model, write_model_directory
+    from shearing.models.family import llama_config
+    from shearing.models.loading import model_tensors, new_model, write_model_directory
 
     recipe = load_recipe(str(ROOT / "pipelines" / "recipes" / "quickstart.yaml"), [])
     assert recipe.source.train is not None

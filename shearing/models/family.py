@@ -233,3 +233,45 @@ def resized_config(config: Any, target: Shape, kept_layers: list[int] | None = N
         resized[family.window_start_key] = sum(layer < start for layer in layers)
     resized.setdefault("architectures", [family.architecture])
     return resized
+
+
+def llama_config(
+    shape: Shape,
+    vocabulary: int,
+    max_positions: int,
+    *,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+    tied: bool = False,
+) -> dict[str, Any]:
+    """The config.json of a llama model of a shape, for models trained from nothing.
+
+    Args:
+        shape: Its sizes.
+        vocabulary: Rows of the embedding table.
+        max_positions: Longest sequence in tokens.
+        bos_token_id: Begin-of-text token.
+        eos_token_id: End-of-text token.
+        pad_token_id: Padding token.
+        tied: Whether the LM head is the embedding table.
+    """
+    family = FAMILIES["llama"]
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **{key: getattr(shape, name) for name, key in family.dimension_keys.items()},
+        "vocab_size": vocabulary,
+        "max_position_embeddings": max_positions,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": tied,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+        "dtype": "float32",
+    }

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from shearing.errors import UserError
-from shearing.models.family import FAMILIES, is_tied
-from shearing.models.shape import Shape
+from shearing.models.family import is_tied
 
 MAX_SHARD_BYTES = 5_000_000_000
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -79,48 +78,6 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-
-
-def llama_config(
-    shape: Shape,
-    vocabulary: int,
-    max_positions: int,
-    *,
-    bos_token_id: int | None = None,
-    eos_token_id: int | None = None,
-    pad_token_id: int | None = None,
-    tied: bool = False,
-) -> dict[str, Any]:
-    """The config.json of a llama model of a shape, for models trained from nothing.
-
-    Args:
-        shape: Its sizes.
-        vocabulary: Rows of the embedding table.
-        max_positions: Longest sequence in tokens.
-        bos_token_id: Begin-of-text token.
-        eos_token_id: End-of-text token.
-        pad_token_id: Padding token.
-        tied: Whether the LM head is the embedding table.
-    """
-    family = FAMILIES["llama"]
-    return {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        **{key: getattr(shape, name) for name, key in family.dimension_keys.items()},
-        "vocab_size": vocabulary,
-        "max_position_embeddings": max_positions,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": tied,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
-        "dtype": "float32",
-    }
 
 
 class StoredTensors(Mapping[str, Tensor]):

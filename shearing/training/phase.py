@@ -17,6 +17,7 @@ from shearing.data.manifest import Split, load_manifest
 from shearing.data.mixing import MixState
 from shearing.data.mixture import initial_state
 from shearing.data.source import SequenceSource
+from shearing.errors import UserError
 from shearing.evaluation.held_out import held_out_sequences
 from shearing.models.directories import local_directory
 from shearing.models.family import family_of, shape_of
@@ -77,7 +78,7 @@ def build_trainer(phase: PhaseConfig, place: Place, source: SequenceSource, mixt
     batch_sequences = phase.training.global_batch_tokens // manifest.sequence_tokens
     accumulation_steps = batch_sequences // (place.world * phase.engine.micro_batch_sequences)
     if accumulation_steps * place.world * phase.engine.micro_batch_sequences != batch_sequences:
-        raise ValueError(
+        raise UserError(
             f"a global batch of {batch_sequences} sequences does not divide over {place.world} workers of "
             f"{phase.engine.micro_batch_sequences} sequences a micro-batch; change engine.workers, "
             f"engine.micro_batch_sequences or {phase.name}.global_batch_tokens"

@@ -7,8 +7,17 @@ from tiny_models import GROUPED, MULTI_HEAD, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shearing.errors import UserError
-from shearing.models.family import FAMILIES, check_shape, family_of, is_tied, resized_config, shape_of, vocabulary_of
-from shearing.models.loading import llama_config, new_model
+from shearing.models.family import (
+    FAMILIES,
+    check_shape,
+    family_of,
+    is_tied,
+    llama_config,
+    resized_config,
+    shape_of,
+    vocabulary_of,
+)
+from shearing.models.loading import new_model
 from shearing.models.parameters import count_parameters, prunable_parameters
 from shearing.models.shape import Shape
 

@@ -6,10 +6,9 @@ from tiny_models import GROUPED, TOKENS, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from shearing.errors import UserError
-from shearing.models.family import shape_of
+from shearing.models.family import llama_config, shape_of
 from shearing.models.loading import (
     StoredTensors,
-    llama_config,
     load_model,
     model_tensors,
     new_model,

@@ -13,7 +13,8 @@ from shearing.data.manifest import load_manifest
 from shearing.data.mixture import MixtureState, next_state
 from shearing.data.parquet_source import ParquetSource
 from shearing.data.source import make_orders
-from shearing.models.loading import llama_config, model_tensors, new_model, write_model_directory
+from shearing.models.family import llama_config
+from shearing.models.loading import model_tensors, new_model, write_model_directory
 from shearing.models.shape import Shape
 from shearing.storage import open_store
 from shearing.training.checkpoint import CheckpointReader
