@@ -25,7 +25,7 @@ with RaySession(recipe) as session:
     assert not DataContext.get_current().enable_progress_bars
     assert not _is_autoscaling()
     value = ray.get(ray.remote(lambda: __import__("os").environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]).remote())
-    assert value == "0.2", "each report of a worker would block for two seconds"
+    assert float(value) < 1, "each report of a worker would block for two seconds"
 assert not ray.is_initialized()
 print("fine")
 """
