@@ -16,6 +16,7 @@ from shearing.models.family import vocabulary_of
 from shearing.models.parameters import count_parameters, prunable_parameters
 from shearing.models.shape import Shape
 from shearing.pruning.target import gate_groups
+from shearing.training.config import EngineConfig
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Plan:
 
     name: str
     workspace: str
+    engine: EngineConfig
     stages: list[StagePlan]
     models: list[ModelPlan]
     gates: dict[str, str]
@@ -80,6 +82,7 @@ def plan(recipe: Recipe) -> Plan:
     return Plan(
         name=recipe.name,
         workspace=workspace_uri(recipe),
+        engine=recipe.engine,
         stages=[StagePlan(stage.name, stage.title, _state(marks.get(stage.name))) for stage in stages_of(recipe)],
         models=_models(recipe, facts),
         gates=_gates(recipe, facts),

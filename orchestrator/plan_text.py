@@ -68,6 +68,12 @@ def _phase_lines(plan: Plan) -> Iterator[str]:
             f"  {phase.name:<10} {phase.steps:>10,} {phase.tokens:>16,} {phase.batch_sequences:>7,} "
             f"{phase.accumulation_steps:>13g} {disk:>14} {memory:>17}"
         )
+    engine = plan.engine
+    per_worker = f"{engine.cpus_per_worker:g} CPUs and {engine.gpus_per_worker:g} GPUs"
+    yield (
+        f"  on {engine.workers} workers of {per_worker} each, ZeRO {engine.zero_stage}, {engine.dtype}, "
+        f"{engine.micro_batch_sequences} sequences a forward pass"
+    )
     yield f"  (batch in sequences; each phase keeps {KEPT_CHECKPOINTS} checkpoints)"
     yield ""
     known = [phase for phase in plan.phases if phase.memory is not None]
