@@ -80,3 +80,15 @@ def write_corpus(
     )
     open_store(str(folder)).write_json(MANIFEST_NAME, manifest.model_dump())
     return manifest
+
+
+def split_of_shards(*shards: tuple[int, int]) -> SplitEntry:
+    """A split on paper, of shards of (first id, sequences)."""
+    entries = [
+        ShardEntry(
+            path=str(first), sequences=n, first_sequence_id=first, row_group_sequences=[n], sha256="", file_bytes=1
+        )
+        for first, n in shards
+    ]
+    total = sum(n for _, n in shards)
+    return SplitEntry(sequences=total, tokens=total, documents=1, text_bytes=1, shards=entries)

@@ -95,10 +95,6 @@ class SequenceOrder:
         self._units: OrderedDict[int, DrawUnit] = OrderedDict()
         self._lock = Lock()
 
-    def epoch_of(self, index: int) -> int:
-        """The epoch of a draw; the first is 0."""
-        return index // self.sequences
-
     def unit_number(self, index: int) -> int:
         """The read unit that holds a draw. Units are numbered through all epochs."""
         epoch, offset = divmod(index, self.sequences)

@@ -1,20 +1,9 @@
 import numpy as np
 import pytest
+from tiny_corpus import split_of_shards
 
-from shearing.data.manifest import SequencePlaces, ShardEntry, SplitEntry, load_manifest
+from shearing.data.manifest import SequencePlaces, load_manifest
 from shearing.storage import open_store
-
-
-def split(*shards):
-    """Shards of (first id, sequences)."""
-    entries = [
-        ShardEntry(
-            path=str(first), sequences=n, first_sequence_id=first, row_group_sequences=[n], sha256="", file_bytes=1
-        )
-        for first, n in shards
-    ]
-    total = sum(n for _, n in shards)
-    return SplitEntry(sequences=total, tokens=total, documents=1, text_bytes=1, shards=entries)
 
 
 class TestSequencePlaces:
@@ -25,19 +14,19 @@ class TestSequencePlaces:
         # catches bitmaps as long as the largest id, and two ids on one place, where ids have gaps between shards
         ids = np.sort(np.concatenate([np.arange(first, first + n) for first, n in shards]))
         shuffled = np.random.default_rng(0).permutation(len(ids))
-        places = SequencePlaces(split(*shards)).of(ids[shuffled])
+        places = SequencePlaces(split_of_shards(*shards)).of(ids[shuffled])
         assert places.dtype == np.int64
         assert np.array_equal(places, shuffled)
 
     @pytest.mark.parametrize("stranger", [-1, 0, 9, 14, 103, 2**41])
     def test_refuses_other_ids(self, stranger):
         # catches an id between or beyond shards put on a neighbour's place
-        places = SequencePlaces(split((100, 3), (10, 4)))
+        places = SequencePlaces(split_of_shards((100, 3), (10, 4)))
         with pytest.raises(ValueError, match=f"{stranger}.* not all of this split"):
             places.of(np.array([10, stranger]))
 
     def test_of_nothing(self):
-        assert len(SequencePlaces(split((0, 3))).of(np.array([], dtype=np.int64))) == 0
+        assert len(SequencePlaces(split_of_shards((0, 3))).of(np.array([], dtype=np.int64))) == 0
 
 
 def test_unfinished_corpus(tmp_path):

@@ -3,7 +3,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from test_consumed import split
+from tiny_corpus import split_of_shards
 
 from shearing.data.mixing import DomainExhausted, MixState, plan_batch
 from shearing.data.source import Sequences
@@ -30,7 +30,7 @@ class Numbered:
 
 
 def stream(source, rank=0, world=1, repeats=True, sequences=10):
-    splits = {"a": split((0, sequences)), "b": split((0, 100))}
+    splits = {"a": split_of_shards((0, sequences)), "b": split_of_shards((0, 100))}
     return BatchStream(source, splits, 6, seed=4, rank=rank, world=world, repeats=repeats)
 
 

@@ -2,24 +2,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_corpus import split_of_shards
 
-from shearing.data.manifest import ShardEntry, SplitEntry
 from shearing.training.consumed import ConsumedSequences, SequenceRepeatedError
 
-
-def split(*shards):
-    """Shards of (first id, sequences)."""
-    entries = [
-        ShardEntry(
-            path=str(first), sequences=n, first_sequence_id=first, row_group_sequences=[n], sha256="", file_bytes=1
-        )
-        for first, n in shards
-    ]
-    total = sum(n for _, n in shards)
-    return SplitEntry(sequences=total, tokens=total, documents=1, text_bytes=1, shards=entries)
-
-
-SPLIT = split((100, 7), (0, 13))
+SPLIT = split_of_shards((100, 7), (0, 13))
 IDS = [*range(13), *range(100, 107)]
 
 
