@@ -4,6 +4,7 @@ from typing import Any
 
 import ray
 
+from actors.tasks import task_result
 from shearing.training.export import ExportConfig, export_model, extract_model
 
 
@@ -19,5 +20,5 @@ def extract_on_cluster(config: ExportConfig, cpus: float, gpus: float) -> dict[s
 
 def _run(function: Any, config: ExportConfig, cpus: float, gpus: float) -> dict[str, Any]:
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=2)(function)
-    outputs: dict[str, Any] = ray.get(task.remote(config))
+    outputs: dict[str, Any] = task_result(task.remote(config))
     return outputs

@@ -4,6 +4,7 @@ from typing import Any
 
 import ray
 
+from actors.tasks import task_result
 from shearing.data.manifest import load_manifest
 from shearing.evaluation.held_out import held_out_sequences
 from shearing.evaluation.losses import domain_loss_sums, mean_losses
@@ -21,12 +22,7 @@ def measure_losses(model_dir: str, protocol: ScoreProtocol, cpus: float = 1, gpu
         gpus: GPUs of the task.
     """
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=2)(held_out_losses)
-    try:
-        losses: dict[str, float] = ray.get(task.remote(model_dir, protocol))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError):
-            raise error.cause from None
-        raise
+    losses: dict[str, float] = task_result(task.remote(model_dir, protocol))
     return losses
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import ray
 
+from actors.tasks import task_result
 from shearing.evaluation.scoring import ScoreProtocol, compare_speeds, score
 
 
@@ -24,10 +25,10 @@ def score_models(
         `models`: name -> scores; `protocol`: what was done, in words and numbers.
     """
     running = {name: _task(score, cpus, gpus).remote(model_dir, protocol) for name, model_dir in model_dirs.items()}
-    models = {name: _result(reference) for name, reference in running.items()}
+    models = {name: task_result(reference) for name, reference in running.items()}
     if compared:
         chosen = {name: model_dirs[name] for name in compared}
-        for name, speeds in _result(_task(compare_speeds, cpus, gpus).remote(chosen, protocol)).items():
+        for name, speeds in task_result(_task(compare_speeds, cpus, gpus).remote(chosen, protocol)).items():
             models[name] |= speeds
     return {"models": models, "protocol": protocol.describe()}
 
@@ -41,13 +42,3 @@ def _task(function: Any, cpus: float, gpus: float) -> Any:
     return ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=2, runtime_env={"env_vars": environment})(
         function
     )
-
-
-def _result(reference: Any) -> Any:
-    """What a task returned; an error of the user's is raised as itself, not as Ray's report of it."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError):
-            raise error.cause from None
-        raise

@@ -1,0 +1,15 @@
+"""What Ray tasks come back with."""
+
+from typing import Any
+
+import ray
+
+
+def task_result(reference: Any) -> Any:
+    """What a task returned; an error of the user's is raised as itself, not as Ray's report of it."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValueError):
+            raise error.cause from None
+        raise
