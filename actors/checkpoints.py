@@ -7,22 +7,21 @@ upload had written would stay for ever. The folders tell the truth: an index nam
 
 import json
 import re
-from typing import Any
 
-from shearing.storage import Store, open_store
+from shearing.storage import Store
 from shearing.training.checkpoint import CheckpointReader, IncompleteCheckpointError
 
 SNAPSHOT_NAME = "checkpoint_manager_snapshot.json"
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,})-of-\d+-[0-9a-f]+")
 
 
-def settle_checkpoints(folder: Store) -> str | None:
-    """Bring a phase's folder in order, with nobody at work in it; returns the URI of its newest whole checkpoint.
+def settle_checkpoints(folder: Store) -> None:
+    """Bring a phase's folder in order, with nobody at work in it.
 
     A snapshot that is torn, or names a checkpoint that is not whole, is removed. So is every checkpoint that
     neither a good snapshot names nor is the newest.
     """
-    found = [name for name in folder.list() if CHECKPOINT_NAME.fullmatch(name)]
+    found = _checkpoint_names(folder)
     whole = {name for name in found if _is_whole(folder.child(name))}
     newest = max(whole, key=_step, default=None)
     listed = _listed(folder)
@@ -32,20 +31,27 @@ def settle_checkpoints(folder: Store) -> str | None:
     for name in found:
         if name != newest and name not in listed:
             folder.delete(name)
-    return folder.child(newest).uri if newest else None
 
 
-def later_checkpoint(reported: Any | None, found_uri: str | None) -> Store | None:
-    """The later of the checkpoint that Ray Train holds and the one that was found on storage, if any."""
-    stores = [open_store(found_uri)] if found_uri else []
-    if reported is not None:
-        stores.append(Store(reported.filesystem, reported.path, reported.path))
-    return max(stores, key=lambda store: _step(checkpoint_name(store)), default=None)
+def newest_checkpoint(folder: Store) -> Store | None:
+    """The newest whole checkpoint of a phase's folder, while others may be at work there.
+
+    A worker that dies right after a checkpoint was written dies before Ray Train hears of it, and would be sent back
+    one checkpoint too far.
+    """
+    for name in sorted(_checkpoint_names(folder), key=_step, reverse=True):
+        if _is_whole(folder.child(name)):
+            return folder.child(name)
+    return None
 
 
 def checkpoint_name(checkpoint: Store) -> str:
     """The name of a checkpoint's folder."""
     return checkpoint.path.rstrip("/").rpartition("/")[2]
+
+
+def _checkpoint_names(folder: Store) -> list[str]:
+    return [name for name in folder.list() if CHECKPOINT_NAME.fullmatch(name)]
 
 
 def _step(name: str) -> int:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from actors.checkpoints import checkpoint_name, later_checkpoint, settle_checkpoints
+from actors.checkpoints import checkpoint_name, newest_checkpoint, settle_checkpoints
 from actors.domain_weights import DomainWeightsClient, start_domain_weights
 from actors.feeder import FeedPlan, RayDataSource, start_feeder
 from actors.run_log import RunLog
@@ -59,8 +59,11 @@ def run_phase(phase: PhaseConfig, workspace_uri: str, on_report: Callable[[Repor
     workspace = open_store(workspace_uri)
     checkpoints = workspace.child("checkpoints")
     with _phase_actors(phase, workspace) as actors, _Followed(actors["log"], on_report):
-        settings = {"phase": phase, "resume_from": settle_checkpoints(checkpoints.child(phase.name))} | actors
+        folder = checkpoints.child(phase.name)
+        settle_checkpoints(folder)
+        settings = {"phase": phase, "checkpoints": folder.uri} | actors
         returned = _in_thread(lambda: _fit(settings, checkpoints))
+        settle_checkpoints(folder)
     if returned["problems"]:
         raise UserError(returned["problems"])
     return PhaseResult(checkpoints.child(f"{phase.name}/{returned['checkpoint']}").uri, returned["outcome"])
@@ -166,7 +169,10 @@ def _train(settings: dict[str, Any], place: Place, log: "_RankLog") -> dict[str,
     weights = DomainWeightsClient(settings["weights"], place.rank, place.world, attempt)
     trainer = build_trainer(settings["phase"], place, RayDataSource(settings["feeder"]), weights)
     name = ""
-    if (checkpoint := later_checkpoint(ray.train.get_checkpoint(), settings["resume_from"])) is not None:
+    # rank 0 looks, for all ranks have to see the same
+    found = newest_checkpoint(open_store(settings["checkpoints"])) if place.rank == 0 else None
+    if uri := _agreed(found.uri if found else ""):
+        checkpoint = open_store(uri)
         restore(trainer, CheckpointReader(checkpoint))
         name, step = checkpoint_name(checkpoint), trainer.state.step
         workers = "1 worker" if place.world == 1 else f"{place.world} workers"
@@ -240,6 +246,7 @@ class _Followed:
 
 
 def _agreed(token: str) -> str:
+    """What rank 0 says (collective)."""
     tokens = [token]
     dist.broadcast_object_list(tokens, src=0)
     return tokens[0]

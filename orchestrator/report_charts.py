@@ -19,7 +19,7 @@ from orchestrator.report_text import compact, nats
 # Colours are drawn as stand-ins and then replaced by the page's variables, so that they follow light and dark.
 STAND_INS = {"#0a0b01": "ink", "#0a0b02": "soft", "#0a0b03": "rule", "#0a0b04": "paper", "#0a0b05": "mark"}
 STAND_INS |= {f"#0d0e{i:02x}": f"d{i}" for i in range(8)}
-INK, SOFT, RULE, PAPER, MARK = list(STAND_INS)[:5]
+INK, SOFT, RULE, _PAPER, MARK = list(STAND_INS)[:5]
 DOMAIN_COLOURS = list(STAND_INS)[5:]
 DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.5)), (0, (1, 1)))
 MOST_CHART_POINTS = 240

@@ -6,7 +6,6 @@ a training run in its data, whatever the number of workers was or is.
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -113,13 +112,6 @@ class SequenceOrder:
             while len(self._units) > KEPT_UNITS:
                 self._units.popitem(last=False)
         return unit
-
-    def units_from(self, index: int) -> Iterator[DrawUnit]:
-        """Endless read units, beginning with the one that holds draw `index`."""
-        number = self.unit_number(index)
-        while True:
-            yield self.unit(number)
-            number += 1
 
     def locate(self, index: int) -> Place:
         """Epoch, shard and row of a draw."""
