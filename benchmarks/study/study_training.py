@@ -1,0 +1,192 @@
+"""One task of the study in one process: the product's own phases, streams from Parquet, no Ray around them."""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from study_tasks import Task
+
+from orchestrator.recipe import Recipe
+from orchestrator.source_model import trained_source_config
+from shearing.data.manifest import TOKENIZER_FOLDER, load_manifest
+from shearing.data.mixture import MixtureState, next_state
+from shearing.data.parquet_source import ParquetSource
+from shearing.data.source import make_orders
+from shearing.evaluation.held_out import held_out_sequences
+from shearing.evaluation.losses import LossSums, domain_loss_sums, mean_losses
+from shearing.evaluation.throughput import Load, measure_speeds
+from shearing.models.loading import load_model, read_config, write_json
+from shearing.models.parameters import count_parameters
+from shearing.storage import open_store
+from shearing.training.config import TrainingConfig
+from shearing.training.engine import prepare_deepspeed
+from shearing.training.export import ExportConfig, export_model, extract_model
+from shearing.training.loop import summed_losses, training_reports
+from shearing.training.phase import PhaseConfig, PhaseName, Place, build_trainer, save
+
+SCORED_SEQUENCES = 48
+"""Of each domain, for the final losses; evaluations on the way are smaller."""
+
+Rows = list[dict[str, Any]]
+
+
+class LocalMixture:
+    """The mixture's rule for a single process."""
+
+    def __init__(self, phase: PhaseConfig) -> None:
+        self.phase = phase
+
+    def submit(self, step: int, base: MixtureState, sums: LossSums) -> MixtureState:
+        """The version after `base`."""
+        phase, losses = self.phase, summed_losses(sums, torch.device("cpu"))
+        return next_state(base, losses, phase.references, phase.mixture, phase.proportions, step=step)
+
+
+@contextlib.contextmanager
+def single_process() -> Iterator[torch.device]:
+    """A process group of one, and its device."""
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks its launcher's variable
+        dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=0, world_size=1)
+        try:
+            yield prepare_deepspeed()
+        finally:
+            dist.destroy_process_group()
+
+
+def run_task(task: Task, recipe: Recipe, corpus: str, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
+    """Carry one task out; its model goes to `folder/model`.
+
+    Args:
+        task: What to do.
+        recipe: With the task's overrides.
+        corpus: URI of the prepared corpus.
+        folder: The task's own.
+        models: Folders of the models of `task.models`, by task name.
+    """
+    began_s = time.perf_counter()
+    result = _BODIES[task.kind](task, recipe, corpus, folder, models)
+    return result | {"seconds": time.perf_counter() - began_s}
+
+
+def _source(_task: Task, recipe: Recipe, corpus: str, folder: Path, _models: dict[str, Path]) -> dict[str, Any]:
+    train = recipe.source.train
+    assert train is not None
+    manifest = load_manifest(open_store(corpus))
+    shape = folder / "shape"
+    shape.mkdir(parents=True, exist_ok=True)
+    tokenizer = manifest.tokenizer
+    write_json(shape / "config.json", trained_source_config(recipe, tokenizer.vocab_size, tokenizer.boundary_token_id))
+    for path in Path(open_store(corpus).child(TOKENIZER_FOLDER).path).iterdir():
+        (shape / path.name).write_bytes(path.read_bytes())
+    training = TrainingConfig.model_validate(train.model_dump(include=set(TrainingConfig.model_fields)))
+    phase = _phase(recipe, "source", shape, corpus, training, fresh=True)
+    rows = _train(phase, folder / "checkpoint")
+    export_model(_export(recipe, folder, shape, corpus))
+    return _scored(folder / "model", corpus) | {"rows": rows}
+
+
+def _prune(task: Task, recipe: Recipe, corpus: str, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
+    source = models[task.models[0]]
+    rows = _train(_phase(recipe, "pruning", source, corpus, recipe.pruning), folder / "checkpoint")
+    outcome = extract_model(_export(recipe, folder, source, corpus).model_copy(update={"pruning": recipe.pruning}))
+    proof = {name: losses["mean"] for name, losses in outcome["proof"].items()}
+    return _scored(folder / "model", corpus) | {"proof": proof, "rows": rows}
+
+
+def _recover(task: Task, recipe: Recipe, corpus: str, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
+    pruned = models[task.models[0]]
+    phase = _phase(recipe, "scratch" if task.fresh else "recovery", pruned, corpus, recipe.recovery, fresh=task.fresh)
+    phase = phase.model_copy(update={"references": _references(models["source"], corpus)})
+    rows = _train(phase, folder / "checkpoint")
+    export_model(_export(recipe, folder, pruned, corpus))
+    return _scored(folder / "model", corpus) | {"rows": rows, "references": phase.references}
+
+
+def _speed(task: Task, recipe: Recipe, corpus: str, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
+    del folder, corpus
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = {name: load_model(models[name]).to(device) for name in task.models}
+    scores = recipe.scores
+    load = Load(scores.prompt_tokens, scores.decode_tokens, scores.batch_sequences)
+    speeds = measure_speeds(loaded, load, device, repeats=9)
+    return {
+        "speeds": {
+            name: {"prefill": speed.prefill_tokens_per_s.median, "decode": speed.decode_tokens_per_s.median}
+            for name, speed in speeds.items()
+        }
+    }
+
+
+_BODIES = {"source": _source, "prune": _prune, "train": _recover, "speed": _speed}
+
+
+def _phase(
+    recipe: Recipe, name: PhaseName, model: Path, corpus: str, training: TrainingConfig, fresh: bool = False
+) -> PhaseConfig:
+    domains = recipe.corpus.domains
+    return PhaseConfig(
+        name=name,
+        model=str(model),
+        fresh=fresh,
+        training=training,
+        engine=recipe.engine,
+        evaluation=recipe.evaluation,
+        corpus=corpus,
+        split="prune" if name == "pruning" else "train",
+        proportions={domain: config.proportion for domain, config in domains.items()},
+        mixture=recipe.mixture if name == "recovery" else recipe.mixture.model_copy(update={"rule": "static"}),
+        references=dict.fromkeys(domains, 0.0),
+        seed=recipe.seed,
+    )
+
+
+def _train(phase: PhaseConfig, checkpoint: Path) -> Rows:
+    """The phase from its first step to its last; what its reports said, without what no figure needs."""
+    kept = ("kind", "step", "loss", "losses", "proportions", "seconds", "step_s")
+    store = open_store(phase.corpus)
+    orders = make_orders(load_manifest(store), phase.split, list(phase.proportions), phase.seed)
+    with single_process() as device:
+        trainer = build_trainer(phase, Place(0, 1, device), ParquetSource(store, orders), LocalMixture(phase))
+        rows = [{key: row[key] for key in kept if key in row} for row in training_reports(trainer)]
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        save(trainer, checkpoint)
+    return rows
+
+
+def _export(recipe: Recipe, folder: Path, source: Path, corpus: str) -> ExportConfig:
+    return ExportConfig(
+        checkpoint=str(folder / "checkpoint"),
+        source=str(source),
+        destination=str(folder / "model"),
+        corpus=corpus,
+        sequences_per_domain=SCORED_SEQUENCES,
+        batch_sequences=recipe.engine.micro_batch_sequences,
+        dtype=recipe.engine.dtype,
+    )
+
+
+def _scored(model: Path, corpus: str) -> dict[str, Any]:
+    losses = _losses(model, corpus)
+    return {
+        "parameters": count_parameters(read_config(model)),
+        "losses": losses,
+        "mean_loss": sum(losses.values()) / len(losses),
+    }
+
+
+def _losses(model: Path, corpus: str) -> dict[str, float]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sequences = held_out_sequences(open_store(corpus), SCORED_SEQUENCES)
+    return mean_losses(domain_loss_sums(load_model(model).to(device), sequences, 8, device))
+
+
+def _references(source: Path, corpus: str) -> dict[str, float]:
+    return _losses(source, corpus)
