@@ -59,6 +59,8 @@ def run_phase(phase: PhaseConfig, workspace_uri: str, on_report: Callable[[Repor
     workspace = open_store(workspace_uri)
     checkpoints = workspace.child("checkpoints")
     with _phase_actors(phase, workspace) as actors, _Followed(actors["log"], on_report):
+        if problems := ray.get(actors["weights"].problems.remote()):
+            raise UserError(problems)
         settings = {"phase": phase, "resume_from": settle_checkpoints(checkpoints.child(phase.name))} | actors
         returned = _in_thread(lambda: _fit(settings, checkpoints))
     if returned["problems"]:

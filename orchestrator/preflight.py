@@ -15,6 +15,7 @@ from orchestrator.source_model import SourceFacts, inspect_source
 from orchestrator.stage import recipe_conflicts
 from orchestrator.workspace import Workspace, workspace_uri
 from shearing.data.references import load_references
+from shearing.data.rule_by_path import rule_problem
 from shearing.errors import UserError
 from shearing.models.parameters import count_parameters
 from shearing.storage import open_store
@@ -147,7 +148,11 @@ def _mixture_problems(recipe: Recipe) -> list[str]:
             f"mixture.cap = {mixture.cap:g} for {count} domains cannot make up the whole; allowed: at least "
             f"{1 / count:.4g}. Set mixture.cap=1."
         )
+    if mixture.is_path and (problem := rule_problem(mixture.rule)):
+        problems.append(problem)
     for name, domain in recipe.corpus.domains.items():
+        if mixture.rule in ("uniform", "temperature"):
+            break  # these start from proportions of their own
         if not mixture.floor <= domain.proportion <= mixture.cap:
             problems.append(
                 f"corpus.domains.{name}.proportion = {domain.proportion:g} lies outside mixture.floor = "

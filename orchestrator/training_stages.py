@@ -94,7 +94,7 @@ def _train(context: Context, name: PhaseName, model: str, training: TrainingConf
         split="prune" if name == "pruning" else "train",
         proportions={name: domain.proportion / total for name, domain in recipe.corpus.domains.items()},
         # a source model has no references yet, so nothing could steer its mixture
-        mixture=recipe.mixture if references else recipe.mixture.model_copy(update={"rule": "static"}),
+        mixture=recipe.mixture if references else recipe.mixture.unsteered(),
         references=references,
         seed=recipe.seed,
     )

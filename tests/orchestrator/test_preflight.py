@@ -46,6 +46,8 @@ BAD = [
     (["mixture.floor=0.6"], "asks for more than the whole; allowed: at most 0.5"),
     (["mixture.cap=0.4"], "cannot make up the whole"),
     (["mixture.cap=0.7"], "proportion = 0.75 lies outside"),
+    (["mixture.rule=nowhere.rules:best"], "there is no module nowhere.rules"),
+    (["mixture.rule=orchestrator.run:stages"], "run.py has no stages; it defines: CORPUS"),
     (["mixture.on_exhausted=stop", "recovery.steps=1000000"], "would run out in recovery"),
     (["workspace=nope://x/y"], "workspace = 'nope://x/y' cannot be opened"),
     (["corpus.split.eval=0.00001"], "in its eval split (an estimate from file sizes)"),
@@ -58,6 +60,11 @@ def test_what_would_fail_later_is_refused_now(problems, overrides, expected):
     """Each of these, let through, costs a run that dies after minutes or silently does something else."""
     found = problems(*overrides)
     assert any(expected in problem for problem in found), found
+
+
+def test_a_mixture_that_ignores_the_prior_is_not_held_against_it(problems):
+    """0.75 lies above the cap, but equal shares never come near it."""
+    assert problems("mixture.rule=uniform", "mixture.cap=0.6") == []
 
 
 def test_all_problems_come_at_once(problems):

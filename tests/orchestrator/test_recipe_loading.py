@@ -189,3 +189,10 @@ def test_every_shipped_recipe_loads(path):
     recipe = load_recipe(str(path), [])
     assert recipe.name == path.stem
     assert sum(domain.proportion for domain in recipe.corpus.domains.values()) == pytest.approx(1, abs=1e-9)
+
+
+def test_a_misspelt_rule_names_the_nearest(recipe_file):
+    """A rule may be a path of the user's, so a wrong word is no enumeration's error."""
+    (problem,) = problems_of(recipe_file, ["mixture.rule=shered"])
+    assert problem.startswith("mixture.rule = 'shered': no rule of that name; allowed: static, uniform")
+    assert problem.endswith("Did you mean sheared?")
