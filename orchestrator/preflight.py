@@ -80,6 +80,12 @@ def _schedule_problems(recipe: Recipe) -> list[str]:
                 f"{training.steps:,}); allowed: 0 to {training.steps:,}. Set {phase.key}.warmup_steps="
                 f"{max(1, training.steps // 10)}."
             )
+        if training.update_mixture_every_steps is not None and recipe.mixture.loss_from == "eval":
+            problems.append(
+                f"{phase.key}.update_mixture_every_steps = {training.update_mixture_every_steps:,}, but with "
+                "mixture.loss_from = eval the mixture moves at each evaluation. Set mixture.loss_from=train, or "
+                f"{phase.key}.update_mixture_every_steps=null and {phase.key}.evaluate_every_steps to the cadence."
+            )
         problems += _batch_problems(recipe, phase.key, training.global_batch_tokens)
     gates, steps = recipe.pruning.gates, recipe.pruning.steps
     if gates.sparsity_warmup_steps > steps:

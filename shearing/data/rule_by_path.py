@@ -37,7 +37,7 @@ def import_rule(path: str) -> Callable[..., Any]:
     if not callable(function):
         held = "is no function" if hasattr(module, function_name) else "does not exist"
         raise UserError(f"mixture.rule = {path}: {function_name} {held} in {module.__file__}. Name a function of it.")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def rule_problem(path: str) -> str | None:

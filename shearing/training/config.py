@@ -20,7 +20,12 @@ class TrainingConfig(Config):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     gradient_clip: float = Field(1.0, gt=0)
-    evaluate_every_steps: int = Field(50, ge=1, description="Held-out evaluation and, with it, mixture update")
+    evaluate_every_steps: int = Field(
+        50, ge=1, description="Held-out evaluation and, with mixture.loss_from = eval, mixture update"
+    )
+    update_mixture_every_steps: int | None = Field(
+        None, ge=1, description="With mixture.loss_from = train only; default: evaluate_every_steps"
+    )
     checkpoint_every_steps: int = Field(100, ge=1)
 
 

@@ -113,6 +113,7 @@ def build_trainer(phase: PhaseConfig, place: Place, source: SequenceSource, mixt
         state=TrainState(0, MixState.start(domains), initial_state(phase.mixture, phase.proportions)),
         learner=learner,
         micro_batch_sequences=phase.engine.micro_batch_sequences,
+        loss_from=phase.mixture.loss_from,
     )
 
 

@@ -46,6 +46,7 @@ BAD = [
     (["mixture.floor=0.6"], "asks for more than the whole; allowed: at most 0.5"),
     (["mixture.cap=0.4"], "cannot make up the whole"),
     (["mixture.cap=0.7"], "proportion = 0.75 lies outside"),
+    (["recovery.update_mixture_every_steps=5"], "Set mixture.loss_from=train, or recovery.update_mixture_every_steps"),
     (["mixture.rule=nowhere.rules:best"], "there is no module nowhere.rules"),
     (["mixture.rule=orchestrator.run:stages"], "run.py has no stages; it defines: CORPUS"),
     (["mixture.on_exhausted=stop", "recovery.steps=1000000"], "would run out in recovery"),
