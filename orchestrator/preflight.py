@@ -13,6 +13,7 @@ from orchestrator.recipe import Recipe
 from orchestrator.run import stages_of
 from orchestrator.source_model import SourceFacts, inspect_source
 from orchestrator.stage import recipe_conflicts
+from orchestrator.teacher_model import teacher_problems
 from orchestrator.workspace import Workspace, workspace_uri
 from shearing.data.references import load_references
 from shearing.data.rule_by_path import rule_problem
@@ -30,6 +31,7 @@ def preflight(recipe: Recipe) -> list[str]:
     problems += _proportion_problems(recipe)
     facts = inspect_source(recipe)
     problems += facts.problems
+    problems += teacher_problems(recipe, facts)
     problems += _schedule_problems(recipe)
     problems += _reference_problems(recipe, facts)
     problems += _mixture_problems(recipe)

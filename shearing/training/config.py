@@ -29,6 +29,22 @@ class TrainingConfig(Config):
     checkpoint_every_steps: int = Field(100, ge=1)
 
 
+class DistillationConfig(Config):
+    """Learning from a teacher: (1 - weight) CE + weight T^2 KL(teacher || student) (arXiv 1503.02531, section 2)."""
+
+    weight: float = Field(0.5, ge=0, le=1, description="Of the teacher; 1 leaves the text's own next token out")
+    temperature: float = Field(1.0, gt=0, description="Logits of both are divided by it")
+    teacher: str | None = Field(
+        None, description="Hugging Face directory of the same vocabulary; default: the source model"
+    )
+
+
+class RecoveryConfig(TrainingConfig):
+    """Continued pretraining of the pruned model."""
+
+    distillation: DistillationConfig | None = None
+
+
 class EngineConfig(Config):
     """The workers of every training phase and how DeepSpeed runs on them."""
 

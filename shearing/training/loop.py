@@ -21,6 +21,7 @@ from shearing.evaluation.losses import LossSums, domain_loss_sums
 from shearing.training.batches import Batch, BatchStream
 from shearing.training.config import TrainingConfig
 from shearing.training.consumed import ConsumedSequences
+from shearing.training.distillation import Teacher
 from shearing.training.engine import Engine
 from shearing.training.mask_learning import MaskLearner
 from shearing.training.schedule import learning_rate
@@ -99,10 +100,11 @@ class Trainer:
         learner: MaskLearner | None = None,
         micro_batch_sequences: int = 1,
         loss_from: LossFrom = "eval",
+        teacher: Teacher | None = None,
     ) -> None:
         self.config, self.engine, self.stream, self.mixture = config, engine, stream, mixture
         self.held_out, self.references = held_out, references
-        self.state, self.learner = state, learner
+        self.state, self.learner, self.teacher = state, learner, teacher
         self.micro_batch_sequences = micro_batch_sequences
         self.loss_from = loss_from
         self.update_every_steps = config.evaluate_every_steps
@@ -138,17 +140,27 @@ class Trainer:
             self.learner.open(self.state.step)
 
     def forward_backward(self, batch: Batch) -> torch.Tensor:
-        """Gradients and the weights' update. Returns [domains, 2]: this rank's loss sums in nats, and sequences."""
-        sums = torch.zeros(len(self.domains), 2, dtype=torch.float64, device=self.engine.device)
+        """Gradients and the weights' update.
+
+        Returns [domains, 3]: this rank's sums over its sequences of the cross-entropy in nats a token, of one, and of
+        the divergence from the teacher (0 without one).
+        """
+        sums = torch.zeros(len(self.domains), 3, dtype=torch.float64, device=self.engine.device)
         self.engine.begin_update(learning_rate(self.config, self.state.step))
         self.engine.model.train()
         for draws, host_tokens_BT in batch.micro_batches(self.micro_batch_sequences):
             tokens_BT = host_tokens_BT.to(self.engine.device, non_blocking=True)
-            loss_B = sequence_losses(self.engine.logits(tokens_BT), tokens_BT)
-            self.engine.accumulate(loss_B.mean())
+            logits_BTV = self.engine.logits(tokens_BT)
+            loss_B = sequence_losses(logits_BTV, tokens_BT)
+            divergence_B = torch.zeros_like(loss_B)
+            if self.teacher:
+                divergence_B = self.teacher.divergences(logits_BTV, tokens_BT)
+                self.engine.accumulate(self.teacher.blend(loss_B.mean(), divergence_B.mean()))
+            else:
+                self.engine.accumulate(loss_B.mean())
             domain_B = torch.tensor([self.domains.index(draw.domain) for draw in draws]).to(sums.device)
-            loss_and_one_B2 = torch.stack([loss_B.detach().double(), torch.ones_like(loss_B, dtype=sums.dtype)], dim=1)
-            sums.index_add_(0, domain_B, loss_and_one_B2)  # on the device: reading a loss here would wait for it
+            rows_B3 = torch.stack([loss_B.detach(), torch.ones_like(loss_B), divergence_B.detach()], dim=1).double()
+            sums.index_add_(0, domain_B, rows_B3)  # on the device: reading a loss here would wait for it
         return sums
 
     def update_gates(self) -> None:
@@ -175,7 +187,7 @@ class Trainer:
             "time": time.time(),
             "tokens": step * self.config.global_batch_tokens,
             "loss": loss,
-            "losses": {d: s / n for d, (s, n) in zip(self.domains, total.tolist(), strict=True) if n},
+            "losses": {d: s / n for d, (s, n, _) in zip(self.domains, total.tolist(), strict=True) if n},
             "learning_rate": learning_rate(self.config, self.state.step),
             "gradient_norm": self.engine.gradient_norm(),
             "tokens_per_s": self.config.global_batch_tokens / step_s,
@@ -184,6 +196,8 @@ class Trainer:
             "proportions": proportions,
             "drawn": batch.mix.drawn,
         }
+        if self.teacher:
+            report["divergence"] = float(total[:, 2].sum() / total[:, 1].sum())
         if self.learner:
             report.update(self.learner.report(self.state.step))
         gathered = self._gathered(total) if self.loss_from == "train" else {}
@@ -191,9 +205,9 @@ class Trainer:
         return report
 
     def _gathered(self, total: torch.Tensor) -> LossSums:
-        """What was gathered since the last update and this step's sums [domains, 2], already those of all ranks."""
+        """What was gathered since the last update and this step's sums [domains, 3], already those of all ranks."""
         sums = dict(self.state.gathered)
-        for domain, (nats, count) in zip(self.domains, total.tolist(), strict=True):
+        for domain, (nats, count, _) in zip(self.domains, total.tolist(), strict=True):
             if count:
                 before = sums.get(domain, (0.0, 0))
                 sums[domain] = (before[0] + nats, before[1] + int(count))

@@ -86,6 +86,25 @@ def test_more_than_one_estimate_error_is_needed_to_refuse(problems):
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
+        (lambda folder: None, None),
+        (lambda folder: (folder / "config.json").unlink(), "is no Hugging Face directory"),
+        (lambda folder: write_model(folder, vocab_size=352), "has a vocabulary of 352, the source of 320"),
+        (lambda folder: write_model(folder, tokens=310), "1 of the source's 320 tokens have another id or none"),
+        (lambda folder: write_model(folder, max_position_embeddings=32), "Set corpus.sequence_tokens=32"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "recovery.distillation.teacher = "),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused(tmp_path, spoil, expected):
+    """Logits of another vocabulary or tokenizer compared by position teach nonsense, and nothing fails."""
+    write_model(tmp_path / "teacher")
+    spoil(tmp_path / "teacher")
+    problems = preflight(tiny_recipe(tmp_path, f"recovery.distillation={{teacher: {tmp_path}/teacher}}"))
+    assert any(expected in problem for problem in problems) if expected else problems == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
         (lambda folder: write_model(folder, tokens=330), "ids up to 329, but its embedding holds 320 rows"),
         (lambda folder: write_model(folder, model_type="bloom"), "bloom"),
         (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
