@@ -8,8 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from actors.tasks import task_result
 from shearing.data.config import MixtureConfig
 from shearing.data.mixture import Decision, MixtureState, initial_state, next_state, read_decisions, write_decision
+from shearing.data.rule_by_path import import_rule
+from shearing.errors import UserError
 from shearing.storage import open_store
 
 logger = logging.getLogger(__name__)
@@ -51,14 +54,25 @@ class DomainWeights:
         if not self._decisions:
             self._record(Decision(state=initial_state(config, prior), attempt="", world=0))
 
+    def problems(self) -> list[str]:
+        """What keeps this actor from deciding: a rule of the user's that cannot be imported where it runs."""
+        try:
+            if self.config.is_path:
+                import_rule(self.config.rule)
+        except UserError as error:
+            return error.problems
+        return []
+
     async def submit(
         self, step: int, rank: int, world: int, *, attempt: str, base: MixtureState, sums: LossSums
     ) -> MixtureState:
-        """Hand in one rank's share of the evaluation at `step`; returns the next version once all ranks have.
+        """Hand in one rank's share of the losses at `step`; returns the next version once all ranks have.
 
-        `sums` holds a domain's summed loss in nats and its tokens, for this rank's share only. `base` is the version
-        that the rank holds. `attempt` names one life of the worker group, the same on all its ranks. Handing in the
-        same share again is harmless. Raises CollectionError where ranks disagree or a newer attempt decided.
+        `sums` holds a domain's summed loss in nats and how many tokens (or sequences of one length, with the sum of
+        their mean losses) it is summed over, for this rank's share only. `base` is the version that the rank holds.
+        `attempt` names one life of the worker group, the same on all its ranks. Handing in the same share again is
+        harmless. Raises CollectionError where ranks disagree or a newer attempt decided, UserError where a rule of the
+        user's fails.
         """
         decided = self._decisions.get(base.version + 1)
         if decided is not None and (decided.state.step, decided.attempt) == (step, attempt):
@@ -90,7 +104,11 @@ class DomainWeights:
 
     def _decide(self, step: int, attempt: str, collection: _Collection) -> None:
         losses = domain_losses(self.prior, [collection.sums[rank] for rank in sorted(collection.sums)])
-        state = next_state(collection.base, losses, self.references, self.config, self.prior, step=step)
+        try:
+            state = next_state(collection.base, losses, self.references, self.config, self.prior, step=step)
+        except UserError as error:  # every rank has to hear of it, or the others wait for ever
+            collection.answer.set_exception(error)
+            return
         self._record(Decision(state=state, attempt=attempt, world=collection.world))
         collection.answer.set_result(state)
         for (_, other), pending in self._collections.items():
@@ -106,13 +124,13 @@ class DomainWeights:
         self._decisions = {v: d for v, d in self._decisions.items() if v < version} | {version: decision}
 
 
-def domain_losses(domains: Iterable[str], shares: list[LossSums]) -> dict[str, float]:
-    """Mean loss in nats a token over the ranks' shares; NaN for a domain of which no rank saw a token."""
-    losses = {}
+def domain_losses(domains: Iterable[str], shares: list[LossSums]) -> dict[str, float | None]:
+    """Mean loss in nats a token over the ranks' shares; None for a domain of which no rank saw a token."""
+    losses: dict[str, float | None] = {}
     for domain in domains:
         tokens = math.fsum(share.get(domain, (0.0, 0))[1] for share in shares)
         nats = sum(share.get(domain, (0.0, 0))[0] for share in shares)
-        losses[domain] = nats / tokens if tokens > 0 else math.nan
+        losses[domain] = nats / tokens if tokens > 0 else None
     return losses
 
 
@@ -156,9 +174,10 @@ class DomainWeightsClient:
         self.rank, self.world, self.attempt = rank, world, attempt
 
     def submit(self, step: int, base: MixtureState, sums: LossSums) -> MixtureState:
-        """Hand in this rank's share and wait for the version that all ranks get."""
-        import ray
+        """Hand in this rank's share and wait for the version that all ranks get.
 
+        Raises UserError where a rule of the user's fails.
+        """
         answer = self.actor.submit.remote(step, self.rank, self.world, attempt=self.attempt, base=base, sums=dict(sums))
-        state: MixtureState = ray.get(answer)
+        state: MixtureState = task_result(answer)
         return state

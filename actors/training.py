@@ -59,6 +59,8 @@ def run_phase(phase: PhaseConfig, workspace_uri: str, on_report: Callable[[Repor
     workspace = open_store(workspace_uri)
     checkpoints = workspace.child("checkpoints")
     with _phase_actors(phase, workspace) as actors, _Followed(actors["log"], on_report):
+        if problems := ray.get(actors["weights"].problems.remote()):
+            raise UserError(problems)
         folder = checkpoints.child(phase.name)
         settle_checkpoints(folder)
         settings = {"phase": phase, "checkpoints": folder.uri} | actors

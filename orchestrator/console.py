@@ -32,6 +32,8 @@ def describe_row(row: Mapping[str, Any]) -> str:
     parts = []
     if "loss" in row:
         parts.append(f"loss {row['loss']:.3f}")
+    if "divergence" in row:
+        parts.append(f"KL to teacher {row['divergence']:.3f}")
     for group, state in row.get("sparsity", {}).items():
         parts.append(f"{group} {state['expected']:.2f}/{state['target']:.2f}")
     if "tokens_per_s" in row:

@@ -6,6 +6,7 @@ from orchestrator.recipe import Recipe
 from orchestrator.workspace import Workspace
 from shearing.data.installed_text import is_installed_text, parse_installed_text
 from shearing.data.manifest import Split, load_manifest
+from shearing.data.mixture import initial_state
 from shearing.data.raw_files import list_domains
 from shearing.errors import UserError
 from shearing.storage import open_store
@@ -124,15 +125,22 @@ def estimated_supply(recipe: Recipe, text_bytes: dict[str, float], vocabulary: i
 
 
 def data_use(recipe: Recipe, supply: Supply) -> list[DomainUse]:
-    """What every phase draws from every domain, at the prior proportions (an adaptive mixture moves them)."""
+    """What every phase draws from every domain at the proportions it starts with (an adaptive mixture moves them)."""
     uses = []
-    total = sum(domain.proportion for domain in recipe.corpus.domains.values())
+    shares = _first_proportions(recipe)
     for phase in phases_of(recipe):
         drawn = phase.training.steps * phase.training.global_batch_tokens / recipe.corpus.sequence_tokens
-        for name, domain in recipe.corpus.domains.items():
+        for name, share in shares.items():
             if name in supply.sequences:
-                share = (
-                    1 / len(recipe.corpus.domains) if recipe.mixture.rule == "uniform" else domain.proportion / total
-                )
                 uses.append(DomainUse(phase, name, drawn * share, supply.sequences[name].get(phase.split, 0.0)))
     return uses
+
+
+def _first_proportions(recipe: Recipe) -> dict[str, float]:
+    prior = {name: domain.proportion for name, domain in recipe.corpus.domains.items()}
+    if not prior:
+        return {}
+    try:
+        return initial_state(recipe.mixture, prior).proportions
+    except UserError:  # floor and cap leave none, which preflight says
+        return prior

@@ -23,11 +23,12 @@ class WorkerMemory:
     optimizer: float
     gates: float
     activations: float
+    teacher: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.gates + self.activations
+        return self.weights + self.gradients + self.optimizer + self.gates + self.activations + self.teacher
 
 
 FORMULAS = """\
@@ -37,11 +38,19 @@ gradients    b N                (ZeRO 2 and 3: / W)
 optimizer    12 N / W           float32 copy and two Adam moments
 gates        20 G
 activations  b B T L (8 D + 2 (H + 2K) P + 4 F); with activation checkpointing b B T (L D + one layer's);
-             and B T V (b + 8) for the logits, their float32 copy and its gradient"""
+             and B T V (b + 8) for the logits, their float32 copy and its gradient
+teacher      b N' + 2 b B T V   whole on every worker: its N' weights, its logits and the gradient of the divergence"""
 
 
 def worker_memory(
-    parameters: int, shape: Shape, vocabulary: int, engine: EngineConfig, *, sequence_tokens: int, gates: int = 0
+    parameters: int,
+    shape: Shape,
+    vocabulary: int,
+    engine: EngineConfig,
+    *,
+    sequence_tokens: int,
+    gates: int = 0,
+    teacher_parameters: int = 0,
 ) -> WorkerMemory:
     """Bytes on each worker while a model of `parameters` is trained by the formulas in FORMULAS."""
     size, workers = DTYPE_BYTES[engine.dtype], engine.workers
@@ -57,6 +66,7 @@ def worker_memory(
         optimizer=12 * parameters / workers,
         gates=BYTES_A_GATE * gates,
         activations=layers + tokens * vocabulary * (size + 8),
+        teacher=size * (teacher_parameters + 2 * tokens * vocabulary) if teacher_parameters else 0.0,
     )
 
 

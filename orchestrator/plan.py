@@ -10,7 +10,9 @@ from orchestrator.memory_forecast import DTYPE_BYTES, WorkerMemory, checkpoint_b
 from orchestrator.preflight import preflight, supply_of
 from orchestrator.recipe import Recipe
 from orchestrator.run import stages_of
+from orchestrator.settings_in_words import distillation_in_words, mixture_in_words
 from orchestrator.source_model import SourceFacts, inspect_source
+from orchestrator.teacher_model import teacher_parameters
 from orchestrator.workspace import Mark, Workspace, open_workspace, workspace_uri
 from shearing.models.family import vocabulary_of
 from shearing.models.parameters import count_parameters, prunable_parameters
@@ -59,6 +61,8 @@ class Plan:
     name: str
     workspace: str
     engine: EngineConfig
+    mixture: str
+    distillation: str
     stages: list[StagePlan]
     models: list[ModelPlan]
     gates: dict[str, str]
@@ -83,6 +87,8 @@ def plan(recipe: Recipe) -> Plan:
         name=recipe.name,
         workspace=workspace_uri(recipe),
         engine=recipe.engine,
+        mixture=mixture_in_words(recipe.mixture),
+        distillation=distillation_in_words(recipe.recovery.distillation),
         stages=[StagePlan(stage.name, stage.title, _state(marks.get(stage.name))) for stage in stages_of(recipe)],
         models=_models(recipe, facts),
         gates=_gates(recipe, facts),
@@ -141,7 +147,13 @@ def _phases(recipe: Recipe, facts: SourceFacts) -> list[PhasePlan]:
             )
             gates = gate_count(groups.values())
             memory = worker_memory(
-                parameters, shape, vocabulary_of(facts.config), engine, sequence_tokens=sequence_tokens, gates=gates
+                parameters,
+                shape,
+                vocabulary_of(facts.config),
+                engine,
+                sequence_tokens=sequence_tokens,
+                gates=gates,
+                teacher_parameters=teacher_parameters(recipe, facts) if phase.name == "recovery" else 0,
             )
             checkpoint = checkpoint_bytes(parameters, gates)
         training = phase.training

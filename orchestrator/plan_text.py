@@ -33,6 +33,9 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield from _model_lines(plan)
     yield from _phase_lines(plan)
+    yield f"mixture       {plan.mixture}"
+    yield f"distillation  {plan.distillation}"
+    yield ""
     yield from _data_lines(plan)
     if plan.problems:
         yield "to be mended before it can run"
@@ -78,13 +81,14 @@ def _phase_lines(plan: Plan) -> Iterator[str]:
     yield ""
     known = [phase for phase in plan.phases if phase.memory is not None]
     if known:
-        yield "memory a worker, estimated       weights   gradients   optimizer       gates   activations"
+        yield "memory a worker, estimated       weights   gradients   optimizer       gates   activations     teacher"
         for phase in known:
             held = phase.memory
             assert held is not None
             parts = (held.weights, held.gradients, held.optimizer, held.gates)
             cells = "".join(f"{format_bytes(part):>12}" for part in parts)
-            yield f"  {phase.name:<26}{cells}{format_bytes(held.activations):>14}"
+            teacher = format_bytes(held.teacher) if held.teacher else "none"
+            yield f"  {phase.name:<26}{cells}{format_bytes(held.activations):>14}{teacher:>12}"
         yield from (f"    {line}" for line in FORMULAS.splitlines())
         yield ""
 

@@ -13,8 +13,10 @@ from orchestrator.recipe import Recipe
 from orchestrator.run import stages_of
 from orchestrator.source_model import SourceFacts, inspect_source
 from orchestrator.stage import recipe_conflicts
+from orchestrator.teacher_model import teacher_problems
 from orchestrator.workspace import Workspace, workspace_uri
 from shearing.data.references import load_references
+from shearing.data.rule_by_path import rule_problem
 from shearing.errors import UserError
 from shearing.models.parameters import count_parameters
 from shearing.storage import open_store
@@ -29,6 +31,7 @@ def preflight(recipe: Recipe) -> list[str]:
     problems += _proportion_problems(recipe)
     facts = inspect_source(recipe)
     problems += facts.problems
+    problems += teacher_problems(recipe, facts)
     problems += _schedule_problems(recipe)
     problems += _reference_problems(recipe, facts)
     problems += _mixture_problems(recipe)
@@ -78,6 +81,12 @@ def _schedule_problems(recipe: Recipe) -> list[str]:
                 f"{phase.key}.warmup_steps = {training.warmup_steps:,} is longer than the phase ({phase.key}.steps = "
                 f"{training.steps:,}); allowed: 0 to {training.steps:,}. Set {phase.key}.warmup_steps="
                 f"{max(1, training.steps // 10)}."
+            )
+        if training.update_mixture_every_steps is not None and recipe.mixture.loss_from == "eval":
+            problems.append(
+                f"{phase.key}.update_mixture_every_steps = {training.update_mixture_every_steps:,}, but with "
+                "mixture.loss_from = eval the mixture moves at each evaluation. Set mixture.loss_from=train, or "
+                f"{phase.key}.update_mixture_every_steps=null and {phase.key}.evaluate_every_steps to the cadence."
             )
         problems += _batch_problems(recipe, phase.key, training.global_batch_tokens)
     gates, steps = recipe.pruning.gates, recipe.pruning.steps
@@ -147,7 +156,11 @@ def _mixture_problems(recipe: Recipe) -> list[str]:
             f"mixture.cap = {mixture.cap:g} for {count} domains cannot make up the whole; allowed: at least "
             f"{1 / count:.4g}. Set mixture.cap=1."
         )
+    if mixture.is_path and (problem := rule_problem(mixture.rule)):
+        problems.append(problem)
     for name, domain in recipe.corpus.domains.items():
+        if mixture.rule in ("uniform", "temperature"):
+            break  # these start from proportions of their own
         if not mixture.floor <= domain.proportion <= mixture.cap:
             problems.append(
                 f"corpus.domains.{name}.proportion = {domain.proportion:g} lies outside mixture.floor = "

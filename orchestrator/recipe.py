@@ -6,7 +6,7 @@ from shearing.config import Config
 from shearing.data.config import CorpusConfig, MixtureConfig, ReferencesConfig, TrainedTokenizerConfig
 from shearing.models.shape import Shape
 from shearing.pruning.config import PruningConfig
-from shearing.training.config import EngineConfig, EvaluationConfig, TrainingConfig
+from shearing.training.config import EngineConfig, EvaluationConfig, RecoveryConfig, TrainingConfig
 
 
 class SourceTrainingConfig(TrainingConfig):
@@ -50,7 +50,7 @@ class Recipe(Config):
     mixture: MixtureConfig = MixtureConfig()
     engine: EngineConfig = EngineConfig()
     pruning: PruningConfig
-    recovery: TrainingConfig
+    recovery: RecoveryConfig
     scratch: ScratchConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     scores: ScoresConfig = ScoresConfig()

@@ -67,7 +67,7 @@ def _read_directory(facts: SourceFacts, folder: Path, boundary_token: str) -> No
             "(`hf download ORGANISATION/NAME --local-dir DIR`) and name that directory."
         )
         return
-    facts.problems += _weight_problems(folder)
+    facts.problems += weight_problems(folder)
     try:
         facts.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -75,26 +75,6 @@ def _read_directory(facts: SourceFacts, folder: Path, boundary_token: str) -> No
     except ValueError as error:
         facts.problems.append(f"{folder / 'config.json'} is not readable as JSON: {error}")
     _read_tokenizer(facts, folder, boundary_token)
-
-
-def _weight_problems(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        return [
-            f"source.model = {str(folder)!r} lacks {len(missing)} of {len(shards)} weight files that its index names "
-            f"({', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}); download them again."
-        ] * bool(missing)
-    if (folder / "model.safetensors").is_file():
-        return []
-    if any((folder / name).is_file() for name in _OLD_WEIGHTS):
-        return [
-            f"source.model = {str(folder)!r} holds its weights as pickles (.bin) only, which can run code when read "
-            "and are never loaded here; convert them to safetensors (model.save_pretrained writes these) and name that "
-            "directory."
-        ]
-    return [f"source.model = {str(folder)!r} holds no model.safetensors and no index of several: no weights."]
 
 
 def _read_tokenizer(facts: SourceFacts, folder: Path, boundary_token: str) -> None:
@@ -107,11 +87,7 @@ def _read_tokenizer(facts: SourceFacts, folder: Path, boundary_token: str) -> No
                 "there."
             )
         return
-    tokenizer = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    # A unigram model lists [piece, score] pairs by id; the others map piece -> id.
-    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {pair[0]: i for i, pair in enumerate(vocabulary)}
-    ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    ids = token_ids(file)
     facts.tokenizer_vocabulary = max(ids.values(), default=-1) + 1
     token = _special_token(folder, f"{boundary_token}_token")
     if token is None:
@@ -126,6 +102,36 @@ def _read_tokenizer(facts: SourceFacts, folder: Path, boundary_token: str) -> No
             f"the {boundary_token}_token {token!r} of the tokenizer in {folder} is not in its vocabulary; correct its "
             "tokenizer_config.json."
         )
+
+
+def token_ids(file: Path) -> dict[str, int]:
+    """Token -> id of a tokenizer.json, added tokens included."""
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    # A unigram model lists [piece, score] pairs by id; the others map piece -> id.
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {pair[0]: i for i, pair in enumerate(vocabulary)}
+    return ids | {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+
+
+def weight_problems(folder: Path, key: str = "source.model") -> list[str]:
+    """What is wrong with the weight files of a model directory that the recipe names under `key`."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        return [
+            f"{key} = {str(folder)!r} lacks {len(missing)} of {len(shards)} weight files that its index names "
+            f"({', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}); download them again."
+        ] * bool(missing)
+    if (folder / "model.safetensors").is_file():
+        return []
+    if any((folder / name).is_file() for name in _OLD_WEIGHTS):
+        return [
+            f"{key} = {str(folder)!r} holds its weights as pickles (.bin) only, which can run code when read "
+            "and are never loaded here; convert them to safetensors (model.save_pretrained writes these) and name that "
+            "directory."
+        ]
+    return [f"{key} = {str(folder)!r} holds no model.safetensors and no index of several: no weights."]
 
 
 def _special_token(folder: Path, name: str) -> str | None:

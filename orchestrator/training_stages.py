@@ -13,7 +13,7 @@ from orchestrator.stages import score_protocol, source_model, task_resources
 from shearing.data.manifest import TOKENIZER_FOLDER
 from shearing.models.directories import local_directory, publish_directory
 from shearing.models.loading import GENERATION_FILE, TOKENIZER_FILES, write_json
-from shearing.training.config import TrainingConfig
+from shearing.training.config import DistillationConfig, TrainingConfig
 from shearing.training.export import ExportConfig, agreement, with_mean
 from shearing.training.phase import PhaseConfig, PhaseName
 
@@ -62,8 +62,10 @@ def run_extraction(context: Context) -> dict[str, Any]:
 
 def run_recovery(context: Context) -> dict[str, Any]:
     """Continued pretraining of the pruned model."""
-    pruned = context.workspace.store.child("pruned").uri
-    result = _train(context, "recovery", pruned, context.recipe.recovery)
+    pruned, distillation = context.workspace.store.child("pruned").uri, context.recipe.recovery.distillation
+    if distillation is not None and distillation.teacher is None:
+        distillation = distillation.model_copy(update={"teacher": source_model(context)})
+    result = _train(context, "recovery", pruned, context.recipe.recovery, distillation=distillation)
     return _export(context, result, pruned, "model")
 
 
@@ -78,7 +80,15 @@ def run_scratch(context: Context) -> dict[str, Any]:
     return _export(context, result, pruned, "scratch")
 
 
-def _train(context: Context, name: PhaseName, model: str, training: TrainingConfig, fresh: bool = False) -> PhaseResult:
+def _train(
+    context: Context,
+    name: PhaseName,
+    model: str,
+    training: TrainingConfig,
+    *,
+    fresh: bool = False,
+    distillation: DistillationConfig | None = None,
+) -> PhaseResult:
     recipe = context.recipe
     total = sum(domain.proportion for domain in recipe.corpus.domains.values())
     references = context.outputs.get("references", {}).get("losses", {})
@@ -94,9 +104,10 @@ def _train(context: Context, name: PhaseName, model: str, training: TrainingConf
         split="prune" if name == "pruning" else "train",
         proportions={name: domain.proportion / total for name, domain in recipe.corpus.domains.items()},
         # a source model has no references yet, so nothing could steer its mixture
-        mixture=recipe.mixture if references else recipe.mixture.model_copy(update={"rule": "static"}),
+        mixture=recipe.mixture if references else recipe.mixture.unsteered(),
         references=references,
         seed=recipe.seed,
+        distillation=distillation,
     )
 
     def show(report: dict[str, Any]) -> None:

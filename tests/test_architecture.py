@@ -18,10 +18,13 @@ LIGHT = (
     "orchestrator/recipe.py", "orchestrator/recipe_loading.py", "orchestrator/recipe_schema.py",
     "orchestrator/yaml_reading.py", "orchestrator/preflight.py", "orchestrator/plan.py", "orchestrator/plan_text.py",
     "orchestrator/stage.py", "orchestrator/stages.py", "orchestrator/run.py", "orchestrator/command.py",
+    "orchestrator/teacher_model.py", "orchestrator/settings_in_words.py",
     "orchestrator/console.py", "orchestrator/workspace.py", "orchestrator/source_model.py",
     "shearing/config.py", "shearing/errors.py", "shearing/storage.py", "shearing/models/shape.py",
     "shearing/models/family.py", "shearing/models/parameters.py", "shearing/pruning/target.py",
-    "shearing/data/manifest.py", "shearing/data/config.py", "shearing/pruning/config.py", "shearing/training/config.py",
+    "shearing/data/manifest.py", "shearing/data/mixture.py", "shearing/data/mixture_rules.py",
+    "shearing/data/rule_by_path.py", "shearing/data/config.py", "shearing/pruning/config.py",
+    "shearing/training/config.py",
 )  # fmt: skip
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "matplotlib", "lm_eval"}
 

@@ -1,8 +1,10 @@
 """What a recipe says about text: where it lies, how it becomes sequences, how domains are mixed."""
 
+import difflib
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from shearing.config import Config
 
@@ -56,11 +58,61 @@ class ReferencesConfig(Config):
     bounded: bool = Field(True, description="scaling_law only: hold the irreducible loss at or above zero")
 
 
+LOSS_RULES = ("sheared", "sheared_unclipped", "dro", "exp3")
+"""Rules that look at losses."""
+
+STILL_RULES = ("static", "uniform", "temperature")
+"""Rules whose proportions never move."""
+
+RULE_WORDS = (*STILL_RULES, *LOSS_RULES)
+_RULE_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+LossFrom = Literal["eval", "train"]
+
+
+class DroConfig(Config):
+    """Rule `dro` only: a chi-square ball around a slowly moving centre (DRPruning, arXiv 2411.14055)."""
+
+    rho: float = Field(0.1, gt=0, description="Radius of the ball: half the mean squared relative change")
+    smallest_ratio: float = Field(0.2, ge=0, lt=1, description="A proportion is at least this share of the centre's")
+    centre_step: float = Field(0.1, ge=0, le=1, description="How far the centre follows the proportions at an update")
+    centre_factor: float = Field(2.0, ge=1, description="The centre stays within prior / this and prior * this")
+
+
 class MixtureConfig(Config):
     """How losses move the proportions (dynamic batch loading, arXiv 2310.06694, Algorithm 1)."""
 
-    rule: Literal["sheared", "sheared_unclipped", "static", "uniform"] = "sheared"
+    rule: str = Field(
+        "sheared", description=f"{', '.join(RULE_WORDS)}, or a Python function as package.module:function"
+    )
+    loss_from: LossFrom = Field(
+        "eval", description="Held-out evaluation, or the loss on training batches gathered since the last update"
+    )
+    temperature: float = Field(
+        5.0, gt=0, description="Rule temperature only: proportions go as prior^(1/temperature) (arXiv 1907.05019)"
+    )
+    dro: DroConfig = DroConfig()
     floor: float = Field(0.0, ge=0, lt=1, description="No proportion falls below this")
     cap: float = Field(1.0, gt=0, le=1, description="No proportion rises above this")
     prior_pull: float = Field(0.0, ge=0, lt=1, description="Weight of the prior in each new set of proportions")
     on_exhausted: Literal["next_epoch", "stop"] = "next_epoch"
+
+    @field_validator("rule")
+    @classmethod
+    def _known_or_a_path(cls, rule: str) -> str:
+        if rule in RULE_WORDS or _RULE_PATH.fullmatch(rule):
+            return rule
+        near = difflib.get_close_matches(rule, RULE_WORDS, n=1)
+        raise ValueError(
+            f"no rule of that name; allowed: {', '.join(RULE_WORDS)}, or a Python function as package.module:function."
+            + (f" Did you mean {near[0]}?" if near else "")
+        )
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the rule is a Python function of the user's."""
+        return self.rule not in RULE_WORDS
+
+    def unsteered(self) -> "MixtureConfig":
+        """The same mixture held at the prior, for a phase that has no reference losses yet."""
+        return self.model_copy(update={"rule": "static"})

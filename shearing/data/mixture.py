@@ -1,33 +1,34 @@
-"""Dynamic batch loading: how held-out losses move the proportions of the mixture.
+"""Dynamic batch loading: how losses move the proportions of the mixture, and how decisions are kept and replayed.
 
-Source: Sheared LLaMA (arXiv 2310.06694), Algorithm 1, and its released code. All functions are pure.
-Shape suffix: D domains.
+Source: Sheared LLaMA (arXiv 2310.06694), Algorithm 1; the rules stand in `mixture_rules`. All functions but those
+that write and read decisions are pure. Shape suffix: D domains.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from shearing.config import Config
 from shearing.data.config import MixtureConfig
+from shearing.data.mixture_rules import Ruling, Situation, normalised, project, rule_on, start_weights
 from shearing.errors import UserError
 from shearing.storage import Store
 
-SMOOTHING = 1e-4
-"""c of the released code: this share of each update is spread evenly."""
+REPLAY_TOLERANCE = 1e-9
+"""Another machine's exp and log may differ in the last bit; a decision on other losses differs by far more."""
 
-SMALLEST_WEIGHT = 1e-12
-
-Rule = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class MixtureState(Config):
     """One version of the proportions and what led to it.
 
-    `step` is the optimiser step after which it holds. `losses` in nats a token; None where the loss was not finite.
-    `warnings` are those of this version only.
+    `step` is the optimiser step after which it holds. `losses` in nats a token; None where there was none, or none
+    that was finite. `memory` is the rule's own. `warnings` are those of this version only.
     """
 
     version: int
@@ -35,62 +36,94 @@ class MixtureState(Config):
     proportions: dict[str, float]
     losses: dict[str, float | None] = Field(default_factory=dict)
     references: dict[str, float] = Field(default_factory=dict)
+    memory: dict[str, dict[str, Finite] | list[Finite] | Finite] = Field(default_factory=dict)
     warnings: list[str] = Field(default_factory=list)
 
 
-def initial_state(config: MixtureConfig, prior: dict[str, float], step: int = 0) -> MixtureState:
-    """Version 0: the prior (for the rule `uniform`, equal shares) within floor and cap.
+def initial_state(config: MixtureConfig, prior: Mapping[str, float], step: int = 0) -> MixtureState:
+    """Version 0: the prior (`uniform`: equal shares; `temperature`: the tempered prior) within floor and cap.
 
     Raises UserError where no proportions can satisfy floor and cap.
     """
     check_bounds(config, len(prior))
-    prior_D = _normalised(np.array(list(prior.values()), dtype=np.float64))
-    start_D = np.full_like(prior_D, 1 / len(prior_D)) if config.rule == "uniform" else prior_D
-    bounded_D = project(start_D, config.floor, config.cap)
+    prior_D = normalised(np.array(list(prior.values()), dtype=np.float64))
+    bounded_D = _bounded(start_weights(config, prior_D), prior_D, config)
     return MixtureState(version=0, step=step, proportions=_named(list(prior), bounded_D))
 
 
 def next_state(
     state: MixtureState,
-    losses: dict[str, float],
-    references: dict[str, float],
+    losses: Mapping[str, float | None],
+    references: Mapping[str, float],
     config: MixtureConfig,
-    prior: dict[str, float],
+    prior: Mapping[str, float],
     *,
     step: int,
 ) -> MixtureState:
-    """The version after `state`, from the losses of an evaluation at `step`. All losses in nats a token.
+    """The version after `state`, from the losses known at `step`. All losses in nats a token.
 
-    A domain whose loss is not finite keeps its proportion, with a warning; the others share the rest by the rule.
-    Among these: the rule's proportions, then the pull to the prior, then the nearest proportions within floor and cap
-    (nearest by relative entropy: ratios between domains that touch no bound are kept).
+    A domain without a loss (None: nothing of it was measured), or whose loss is not finite, keeps its proportion, with
+    a warning; the others share the rest by the rule. Among these: the rule's proportions, then the pull to the prior,
+    then the nearest proportions within floor and cap (nearest by relative entropy: ratios between domains that touch
+    no bound are kept). Raises UserError where a rule of the user's fails.
     """
     domains = list(state.proportions)
     for name, given in (("losses", losses), ("references", references), ("prior", prior)):
         assert set(given) == set(domains), f"{name} of {sorted(given)} for domains {sorted(domains)}"
     before_D = np.array([state.proportions[d] for d in domains])
-    loss_D = np.array([losses[d] for d in domains], dtype=np.float64)
+    loss_D = np.array([losses[d] for d in domains], dtype=np.float64)  # None becomes NaN
     reference_D = np.array([references[d] for d in domains], dtype=np.float64)
-    prior_D = _normalised(np.array([prior[d] for d in domains], dtype=np.float64))
+    prior_D = normalised(np.array([prior[d] for d in domains], dtype=np.float64))
     known_D = np.isfinite(loss_D - reference_D)
-    after_D = before_D.copy()
+    after_D, memory = before_D.copy(), state.memory
     if known_D.any():
-        share = 1.0 - float(before_D[~known_D].sum())
-        ruled_D = RULES[config.rule](before_D[known_D], loss_D[known_D] - reference_D[known_D], prior_D[known_D])
-        pulled_D = (1 - config.prior_pull) * ruled_D + config.prior_pull * _normalised(prior_D[known_D])
-        after_D[known_D] = project(pulled_D * share, config.floor, config.cap, total=share)
-    return MixtureState(
-        version=state.version + 1,
-        step=step,
-        proportions=_named(domains, after_D),
-        losses={d: float(loss) if np.isfinite(loss) else None for d, loss in zip(domains, loss_D, strict=True)},
-        references={d: references[d] for d in domains},
-        warnings=[
-            f"domain {d}: its loss is {losses[d]} (reference {references[d]}); it keeps its proportion {p:.4f}"
-            for d, known, p in zip(domains, known_D, before_D, strict=True)
-            if not known
-        ],
-    )
+        situation = Situation(
+            domains=tuple(d for d, known in zip(domains, known_D, strict=True) if known),
+            proportions_D=before_D[known_D],
+            losses_D=loss_D[known_D],
+            references_D=reference_D[known_D],
+            prior_D=prior_D[known_D],
+            memory=state.memory,
+            update=state.version + 1,
+            step=step,
+            config=config,
+        )
+        ruling: Ruling = rule_on(situation)
+        share, memory = 1.0 - float(before_D[~known_D].sum()), ruling.memory
+        after_D[known_D] = _bounded(ruling.weights_D, prior_D[known_D], config, total=share)
+    try:
+        return MixtureState(
+            version=state.version + 1,
+            step=step,
+            proportions=_named(domains, after_D),
+            losses={d: float(loss) if np.isfinite(loss) else None for d, loss in zip(domains, loss_D, strict=True)},
+            references={d: references[d] for d in domains},
+            memory=memory,
+            warnings=[
+                _kept(d, losses[d], references[d], state.proportions[d])
+                for d, known in zip(domains, known_D, strict=True)
+                if not known
+            ],
+        )
+    except ValidationError as error:
+        raise UserError(
+            f"mixture.rule = {config.rule} wants to remember {memory!r}; allowed: names with a finite number, a list "
+            f"of them, or a mapping of names to them ({error.errors()[0]['msg']})."
+        ) from None
+
+
+def _bounded(weights_D: np.ndarray, prior_D: np.ndarray, config: MixtureConfig, total: float = 1.0) -> np.ndarray:
+    """Proportions pulled to the prior and held within floor and cap, with the sum `total`."""
+    pulled_D = (1 - config.prior_pull) * weights_D + config.prior_pull * normalised(prior_D)
+    return project(pulled_D * total, config.floor, config.cap, total=total)
+
+
+def _kept(domain: str, loss: float | None, reference: float, proportion: float) -> str:
+    if loss is None:
+        return (
+            f"domain {domain}: nothing of it was read since the last update; it keeps its proportion {proportion:.4f}"
+        )
+    return f"domain {domain}: its loss is {loss} (reference {reference}); it keeps its proportion {proportion:.4f}"
 
 
 def check_bounds(config: MixtureConfig, domains: int) -> None:
@@ -108,65 +141,6 @@ def check_bounds(config: MixtureConfig, domains: int) -> None:
         )
     if problems:
         raise UserError(problems)
-
-
-def project(weights_D: np.ndarray, floor: float, cap: float, total: float = 1.0) -> np.ndarray:
-    """The point of {floor <= w <= cap, sum w = total} nearest to `weights_D` by relative entropy.
-
-    It is clip(s * weights, floor, cap) with the one scale s that gives the sum; found exactly at the breakpoints of
-    that piecewise linear function of s. Both bounds hold exactly. The set must not be empty.
-    """
-    weights_D = np.maximum(weights_D, SMALLEST_WEIGHT)
-    if len(weights_D) * floor >= total:
-        return np.full_like(weights_D, total / len(weights_D))
-    if len(weights_D) * cap <= total:
-        return np.full_like(weights_D, total / len(weights_D))
-    breakpoints = np.sort(np.concatenate([floor / weights_D, cap / weights_D]))
-    sums = np.array([np.clip(scale * weights_D, floor, cap).sum() for scale in breakpoints])
-    above = min(int(np.searchsorted(sums, total)), len(breakpoints) - 1)
-    middle = (breakpoints[max(above - 1, 0)] + breakpoints[above]) / 2
-    at_floor_D, at_cap_D = middle * weights_D <= floor, middle * weights_D >= cap
-    free_D = ~(at_floor_D | at_cap_D)
-    if not free_D.any():
-        return np.clip(breakpoints[above] * weights_D, floor, cap)
-    rest = total - floor * at_floor_D.sum() - cap * at_cap_D.sum()
-    return np.clip(weights_D * (rest / weights_D[free_D].sum()), floor, cap)
-
-
-def _sheared(before_D: np.ndarray, excess_D: np.ndarray, _prior_D: np.ndarray) -> np.ndarray:
-    """Algorithm 1 of the paper: w_previous * exp(max(loss - reference, 0))."""
-    return _reweighted(before_D, np.maximum(excess_D, 0))
-
-
-def _sheared_unclipped(before_D: np.ndarray, excess_D: np.ndarray, _prior_D: np.ndarray) -> np.ndarray:
-    """The released code: (1 - c) softmax(log w_previous + loss - reference) + c / k."""
-    return (1 - SMOOTHING) * _reweighted(before_D, excess_D) + SMOOTHING / len(before_D)
-
-
-def _static(_before_D: np.ndarray, _excess_D: np.ndarray, prior_D: np.ndarray) -> np.ndarray:
-    return _normalised(prior_D)
-
-
-def _uniform(before_D: np.ndarray, _excess_D: np.ndarray, _prior_D: np.ndarray) -> np.ndarray:
-    return np.full_like(before_D, 1 / len(before_D))
-
-
-RULES: dict[str, Rule] = {
-    "sheared": _sheared,
-    "sheared_unclipped": _sheared_unclipped,
-    "static": _static,
-    "uniform": _uniform,
-}
-
-
-def _reweighted(before_D: np.ndarray, exponent_D: np.ndarray) -> np.ndarray:
-    """w * exp(exponent), normalised, in logarithms: an exponent of 1000 nats must not overflow."""
-    log_D = np.log(np.maximum(before_D, SMALLEST_WEIGHT)) + exponent_D
-    return _normalised(np.exp(log_D - log_D.max()))
-
-
-def _normalised(weights_D: np.ndarray) -> np.ndarray:
-    return weights_D / weights_D.sum()
 
 
 def _named(domains: list[str], values_D: np.ndarray) -> dict[str, float]:
@@ -192,3 +166,62 @@ def write_decision(folder: Store, decision: Decision) -> None:
 def read_decisions(folder: Store) -> list[Decision]:
     """All versions in order; empty where none was made yet."""
     return [Decision.model_validate(folder.read_json(n)) for n in folder.list() if n.endswith(".json")]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What replaying a history came to: how many versions, and the first that differs, if any, and how."""
+
+    versions: int
+    differs_at: int | None = None
+    how: str = ""
+
+    @property
+    def equal(self) -> bool:
+        """Whether every version came out again."""
+        return self.differs_at is None
+
+
+def replay(states: list[MixtureState], config: MixtureConfig, prior: Mapping[str, float]) -> Replay:
+    """Decide every version again from the recorded losses and references, and compare.
+
+    Each version is made from the one before it as made here, so that what differs first is what was changed. Raises
+    UserError where a rule of the user's cannot be imported or fails.
+    """
+    made: MixtureState | None = None
+    for number, recorded in enumerate(states):
+        if made is None:
+            made = initial_state(config, prior, step=recorded.step)
+        elif set(recorded.losses) != set(made.proportions) or set(recorded.references) != set(made.proportions):
+            return Replay(len(states), number, "losses or references of other domains were recorded")
+        else:
+            made = next_state(made, recorded.losses, recorded.references, config, prior, step=recorded.step)
+        if how := _difference(recorded, made):
+            return Replay(len(states), number, how)
+    return Replay(len(states))
+
+
+def _difference(recorded: MixtureState, made: MixtureState) -> str:
+    """How a recorded version differs from the one made anew; nothing where it does not."""
+    if recorded.version != made.version:
+        return f"version {recorded.version} stands where version {made.version} belongs"
+    if set(recorded.proportions) != set(made.proportions):
+        return f"it has the domains {', '.join(recorded.proportions)}, not {', '.join(made.proportions)}"
+    gaps = {d: abs(recorded.proportions[d] - p) for d, p in made.proportions.items()}
+    worst = max(gaps, key=lambda domain: gaps[domain])
+    if gaps[worst] > REPLAY_TOLERANCE:
+        return f"{worst} was given {recorded.proportions[worst]:.6f}; its losses give {made.proportions[worst]:.6f}"
+    if not _same(recorded.memory, made.memory):
+        return "what the rule remembered is not what its losses give"
+    return ""
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two memories are equal but for rounding."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, float | int) and isinstance(other, float | int):
+        return math.isclose(one, other, rel_tol=REPLAY_TOLERANCE, abs_tol=REPLAY_TOLERANCE)
+    return False

@@ -20,8 +20,29 @@ class TrainingConfig(Config):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     gradient_clip: float = Field(1.0, gt=0)
-    evaluate_every_steps: int = Field(50, ge=1, description="Held-out evaluation and, with it, mixture update")
+    evaluate_every_steps: int = Field(
+        50, ge=1, description="Held-out evaluation and, with mixture.loss_from = eval, mixture update"
+    )
+    update_mixture_every_steps: int | None = Field(
+        None, ge=1, description="With mixture.loss_from = train only; default: evaluate_every_steps"
+    )
     checkpoint_every_steps: int = Field(100, ge=1)
+
+
+class DistillationConfig(Config):
+    """Learning from a teacher: (1 - weight) CE + weight T^2 KL(teacher || student) (arXiv 1503.02531, section 2)."""
+
+    weight: float = Field(0.5, ge=0, le=1, description="Of the teacher; 1 leaves the text's own next token out")
+    temperature: float = Field(1.0, gt=0, description="Logits of both are divided by it")
+    teacher: str | None = Field(
+        None, description="Hugging Face directory of the same vocabulary; default: the source model"
+    )
+
+
+class RecoveryConfig(TrainingConfig):
+    """Continued pretraining of the pruned model."""
+
+    distillation: DistillationConfig | None = None
 
 
 class EngineConfig(Config):

@@ -6,7 +6,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+from shearing.data.config import LossFrom
 from shearing.data.mixing import MixState, epoch_starts
 from shearing.data.mixture import MixtureState
 from shearing.evaluation.losses import LossSums, domain_loss_sums
 from shearing.training.batches import Batch, BatchStream
 from shearing.training.config import TrainingConfig
 from shearing.training.consumed import ConsumedSequences
+from shearing.training.distillation import Teacher
 from shearing.training.engine import Engine
 from shearing.training.mask_learning import MaskLearner
 from shearing.training.schedule import learning_rate
@@ -35,27 +37,34 @@ class MixtureClient(Protocol):
     """Whoever turns the losses of all ranks into the next proportions, the same answer for every rank."""
 
     def submit(self, step: int, base: MixtureState, sums: LossSums) -> MixtureState:
-        """Hand in this rank's loss sums of the evaluation at `step`; returns the version after `base`."""
+        """Hand in this rank's share of the loss sums at `step`; returns the version after `base`."""
         ...
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a phase stands: all that a checkpoint holds besides tensors."""
+    """Where a phase stands: all that a checkpoint holds besides tensors.
+
+    `gathered` is what training batches said since the last mixture update, over all ranks: domain -> (sum of its
+    sequences' mean losses in nats a token, sequences). The same on every rank.
+    """
 
     step: int
     mix: MixState
     mixture: MixtureState
+    gathered: LossSums = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"step": self.step, "mix": self.mix.to_json(), "mixture": self.mixture.model_dump(mode="json")}
+        mixture = self.mixture.model_dump(mode="json")
+        return {"step": self.step, "mix": self.mix.to_json(), "mixture": mixture, "gathered": self.gathered}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TrainState":
         """The inverse of `to_json`."""
         mixture = MixtureState.model_validate(value["mixture"])
-        return cls(value["step"], MixState.from_json(value["mix"]), mixture)
+        gathered = {domain: (float(nats), int(count)) for domain, (nats, count) in value["gathered"].items()}
+        return cls(value["step"], MixState.from_json(value["mix"]), mixture, gathered)
 
 
 def training_reports(trainer: "Trainer") -> Iterator[Report]:
@@ -69,8 +78,10 @@ def training_reports(trainer: "Trainer") -> Iterator[Report]:
         trainer.update_gates()
         yield from trainer.epoch_reports(batch)
         yield trainer.finish_step(batch, losses)
+        if trainer.gathered_update_due():
+            yield trainer.update_from_gathered()
         if trainer.evaluation_due():
-            yield trainer.evaluate(update=True)
+            yield trainer.evaluate(update=trainer.loss_from == "eval")
 
 
 class Trainer:
@@ -88,11 +99,17 @@ class Trainer:
         state: TrainState,
         learner: MaskLearner | None = None,
         micro_batch_sequences: int = 1,
+        loss_from: LossFrom = "eval",
+        teacher: Teacher | None = None,
     ) -> None:
         self.config, self.engine, self.stream, self.mixture = config, engine, stream, mixture
         self.held_out, self.references = held_out, references
-        self.state, self.learner = state, learner
+        self.state, self.learner, self.teacher = state, learner, teacher
         self.micro_batch_sequences = micro_batch_sequences
+        self.loss_from = loss_from
+        self.update_every_steps = config.evaluate_every_steps
+        if loss_from == "train":
+            self.update_every_steps = config.update_mixture_every_steps or config.evaluate_every_steps
         self.consumed = ConsumedSequences(stream.splits)
         self.domains = list(stream.sequences)
         self.step_began_s = 0.0
@@ -105,7 +122,7 @@ class Trainer:
         batch = self.stream.next(step, self.state.mix, proportions)
         self._mark_consumed(batch)
         after = step + 1
-        if after < self.config.steps and after % self.config.evaluate_every_steps:
+        if after < self.config.steps and after % self.update_every_steps:
             self.stream.read_ahead(after, batch.mix, proportions)
         return batch
 
@@ -123,17 +140,27 @@ class Trainer:
             self.learner.open(self.state.step)
 
     def forward_backward(self, batch: Batch) -> torch.Tensor:
-        """Gradients and the weights' update. Returns [domains, 2]: this rank's loss sums in nats, and sequences."""
-        sums = torch.zeros(len(self.domains), 2, dtype=torch.float64, device=self.engine.device)
+        """Gradients and the weights' update.
+
+        Returns [domains, 3]: this rank's sums over its sequences of the cross-entropy in nats a token, of one, and of
+        the divergence from the teacher (0 without one).
+        """
+        sums = torch.zeros(len(self.domains), 3, dtype=torch.float64, device=self.engine.device)
         self.engine.begin_update(learning_rate(self.config, self.state.step))
         self.engine.model.train()
         for draws, host_tokens_BT in batch.micro_batches(self.micro_batch_sequences):
             tokens_BT = host_tokens_BT.to(self.engine.device, non_blocking=True)
-            loss_B = sequence_losses(self.engine.logits(tokens_BT), tokens_BT)
-            self.engine.accumulate(loss_B.mean())
+            logits_BTV = self.engine.logits(tokens_BT)
+            loss_B = sequence_losses(logits_BTV, tokens_BT)
+            divergence_B = torch.zeros_like(loss_B)
+            if self.teacher:
+                divergence_B = self.teacher.divergences(logits_BTV, tokens_BT)
+                self.engine.accumulate(self.teacher.blend(loss_B.mean(), divergence_B.mean()))
+            else:
+                self.engine.accumulate(loss_B.mean())
             domain_B = torch.tensor([self.domains.index(draw.domain) for draw in draws]).to(sums.device)
-            loss_and_one_B2 = torch.stack([loss_B.detach().double(), torch.ones_like(loss_B, dtype=sums.dtype)], dim=1)
-            sums.index_add_(0, domain_B, loss_and_one_B2)  # on the device: reading a loss here would wait for it
+            rows_B3 = torch.stack([loss_B.detach(), torch.ones_like(loss_B), divergence_B.detach()], dim=1).double()
+            sums.index_add_(0, domain_B, rows_B3)  # on the device: reading a loss here would wait for it
         return sums
 
     def update_gates(self) -> None:
@@ -160,7 +187,7 @@ class Trainer:
             "time": time.time(),
             "tokens": step * self.config.global_batch_tokens,
             "loss": loss,
-            "losses": {d: s / n for d, (s, n) in zip(self.domains, total.tolist(), strict=True) if n},
+            "losses": {d: s / n for d, (s, n, _) in zip(self.domains, total.tolist(), strict=True) if n},
             "learning_rate": learning_rate(self.config, self.state.step),
             "gradient_norm": self.engine.gradient_norm(),
             "tokens_per_s": self.config.global_batch_tokens / step_s,
@@ -169,10 +196,45 @@ class Trainer:
             "proportions": proportions,
             "drawn": batch.mix.drawn,
         }
+        if self.teacher:
+            report["divergence"] = float(total[:, 2].sum() / total[:, 1].sum())
         if self.learner:
             report.update(self.learner.report(self.state.step))
-        self.state = replace(self.state, step=step, mix=batch.mix)
+        gathered = self._gathered(total) if self.loss_from == "train" else {}
+        self.state = replace(self.state, step=step, mix=batch.mix, gathered=gathered)
         return report
+
+    def _gathered(self, total: torch.Tensor) -> LossSums:
+        """What was gathered since the last update and this step's sums [domains, 3], already those of all ranks."""
+        sums = dict(self.state.gathered)
+        for domain, (nats, count, _) in zip(self.domains, total.tolist(), strict=True):
+            if count:
+                before = sums.get(domain, (0.0, 0))
+                sums[domain] = (before[0] + nats, before[1] + int(count))
+        return sums
+
+    def gathered_update_due(self) -> bool:
+        """Whether the losses of the training batches since the last update move the proportions now."""
+        return self.loss_from == "train" and self.state.step % self.update_every_steps == 0
+
+    def update_from_gathered(self) -> Report:
+        """Move the proportions of the steps after by what training batches said; costs no forward pass."""
+        # all ranks hold the sums of all: one hands them in, the others nothing
+        mine = self.state.gathered if self.stream.rank == 0 else {}
+        share = {domain: mine.get(domain, (0.0, 0)) for domain in self.domains}
+        mixture = self.mixture.submit(self.state.step, self.state.mixture, share)
+        sequences = {domain: count for domain, (_, count) in self.state.gathered.items()}
+        self.state = replace(self.state, mixture=mixture, gathered={})
+        return {
+            "kind": "mixture",
+            "step": self.state.step,
+            "time": time.time(),
+            "losses": mixture.losses,
+            "sequences": sequences,
+            "references": self.references,
+            "proportions": mixture.proportions,
+            "version": mixture.version,
+        }
 
     def epoch_reports(self, batch: Batch) -> Iterator[Report]:
         """One event for each domain that began to repeat in this batch."""
@@ -186,7 +248,8 @@ class Trainer:
 
     def settled(self, report: Report) -> bool:
         """Whether `report` is the last of its step, so that the state may be saved."""
-        return report["kind"] == "evaluation" or (report["kind"] == "step" and not self.evaluation_due())
+        last = "evaluation" if self.evaluation_due() else "mixture" if self.gathered_update_due() else "step"
+        return bool(report["kind"] == last)
 
     def checkpoint_due(self) -> bool:
         """Whether the state after the step just made is to be saved."""

@@ -30,7 +30,8 @@ from shearing.pruning.target import gate_groups, target_shape
 from shearing.storage import open_store
 from shearing.training.batches import BatchStream
 from shearing.training.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
-from shearing.training.config import EngineConfig, EvaluationConfig, TrainingConfig
+from shearing.training.config import DistillationConfig, EngineConfig, EvaluationConfig, TrainingConfig
+from shearing.training.distillation import Teacher
 from shearing.training.engine import DTYPES, Engine, deepspeed_config, partitioned_loading
 from shearing.training.loop import MixtureClient, Trainer, TrainState
 from shearing.training.mask_learning import MaskLearner
@@ -54,6 +55,7 @@ class PhaseConfig(Config):
     mixture: MixtureConfig
     references: dict[str, float]
     seed: int
+    distillation: DistillationConfig | None = None
 
     @property
     def pruning(self) -> PruningConfig | None:
@@ -97,6 +99,7 @@ def build_trainer(phase: PhaseConfig, place: Place, source: SequenceSource, mixt
     learner = _mask_learner(phase, model, place)
     engine = Engine(model, phase.training, config, place.device)
     del kept
+    teacher = _teacher(phase, dtype, place)  # after `kept` is gone, or ZeRO 3 would part it among the workers
     splits = {domain: manifest.domains[domain][phase.split] for domain in domains}
     held_out = held_out_sequences(corpus, phase.evaluation.sequences_per_domain)
     repeats = phase.mixture.on_exhausted == "next_epoch"
@@ -113,7 +116,18 @@ def build_trainer(phase: PhaseConfig, place: Place, source: SequenceSource, mixt
         state=TrainState(0, MixState.start(domains), initial_state(phase.mixture, phase.proportions)),
         learner=learner,
         micro_batch_sequences=phase.engine.micro_batch_sequences,
+        loss_from=phase.mixture.loss_from,
+        teacher=teacher,
     )
+
+
+def _teacher(phase: PhaseConfig, dtype: torch.dtype, place: Place) -> Teacher | None:
+    config = phase.distillation
+    if config is None:
+        return None
+    assert config.teacher is not None, "whoever makes the phase knows the source model"
+    model = load_model(local_directory(config.teacher), dtype, phase.trust_remote_code)
+    return Teacher(model, config, place.device)
 
 
 def _mask_learner(phase: PhaseConfig, model: torch.nn.Module, place: Place) -> MaskLearner | None:

@@ -19,6 +19,7 @@ from actors.domain_weights import (
 )
 from shearing.data.config import MixtureConfig
 from shearing.data.mixture import MixtureState, initial_state, next_state
+from shearing.errors import UserError
 
 PRIOR = {"a": 0.6, "b": 0.4}
 REFERENCES = {"a": 2.0, "b": 1.0}
@@ -55,7 +56,7 @@ def test_losses_are_token_means_over_all_ranks():
     losses = domain_losses(["a", "b", "c"], SHARES)
     assert losses["a"] == pytest.approx(2.5)
     assert losses["b"] == pytest.approx(1.25)
-    assert math.isnan(losses["c"])
+    assert losses["c"] is None
 
 
 def test_all_ranks_get_the_same_decision_once_all_handed_in(tmp_path):
@@ -153,3 +154,29 @@ def test_killed_in_the_middle_of_a_collection(ray_session, tmp_path, how):
     assert ray.get(same.history.remote(), timeout=60) == [START, EXPECTED]
     ray.kill(actor, no_restart=False)
     assert ray.get(actor.state.remote(), timeout=60) == EXPECTED
+
+
+BREAKING_RULE = "def breaks(situation):\n    raise KeyError('no such domain')\n"
+
+
+def test_a_failing_rule_of_the_users_reaches_every_rank(tmp_path, monkeypatch):
+    """Catches a rank that waits for ever because the rule raised while another rank handed in."""
+    (tmp_path / "breaking_rule_of_a_user.py").write_text(BREAKING_RULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = MixtureConfig(rule="breaking_rule_of_a_user:breaks")
+    actor = DomainWeights(str(tmp_path / "mixture"), config, PRIOR, REFERENCES)
+    assert actor.problems() == []
+    answers = hand_in(actor, *((50, r, 2, "x", START, SHARES[r]) for r in range(2)))
+    assert all(isinstance(answer, UserError) for answer in answers)
+    assert "breaks failed at step 50: KeyError" in str(answers[0])
+    lost = DomainWeights(str(tmp_path / "other"), MixtureConfig(rule="no_such_rules:best"), PRIOR, REFERENCES)
+    assert "no_such_rules cannot be imported" in lost.problems()[0]
+
+
+def test_a_rule_is_imported_on_the_cluster_and_its_error_comes_back(ray_session, tmp_path):
+    """Catches Ray's own report of the error in place of the user's, which would be retried instead of shown."""
+    config = MixtureConfig(rule="no_such_rules:best")
+    actor = start_domain_weights("weights-no-rule", str(tmp_path / "mixture"), config, PRIOR, REFERENCES)
+    assert "no_such_rules cannot be imported" in ray.get(actor.problems.remote())[0]
+    with pytest.raises(UserError, match="no_such_rules cannot be imported"):
+        DomainWeightsClient(actor, 0, 1, "x").submit(50, START, SHARES[0])

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from recipes_for_tests import tiny_recipe
+from recipes_for_tests import tiny_recipe, write_model
 
 from orchestrator.memory_forecast import checkpoint_bytes, worker_memory
 from orchestrator.plan import plan
@@ -65,6 +65,39 @@ def test_zero_stages_divide_what_they_divide(stage, weights, gradients):
         1000, shape, 10, EngineConfig(workers=2, zero_stage=stage, dtype="float32"), sequence_tokens=16
     )
     assert (memory.weights, memory.gradients, memory.optimizer) == (weights, gradients, 6000)
+
+
+def test_a_teacher_stands_whole_on_every_worker(tmp_path):
+    """Forgotten or divided by the workers, a 7B teacher beside a 1.3B student is the machine one size too small."""
+    without, taught = (
+        plan(tiny_recipe(tmp_path, "engine.zero_stage=3", "engine.workers=2", *overrides))
+        for overrides in ((), ("recovery.distillation={}",))
+    )
+    source = taught.models[0].parameters
+    memory = {phase.name: phase.memory for phase in taught.phases}
+    assert memory["recovery"].teacher == 4 * source + 2 * 4 * 2 * 64 * 320
+    assert memory["recovery"].total - without.phases[1].memory.total == memory["recovery"].teacher
+    assert memory["pruning"].teacher == 0
+    write_model(tmp_path / "other", num_hidden_layers=2)
+    (other,) = [
+        phase.memory.teacher
+        for phase in plan(tiny_recipe(tmp_path, f"recovery.distillation={{teacher: {tmp_path}/other}}")).phases
+        if phase.name == "recovery"
+    ]
+    assert 0 < other < memory["recovery"].teacher
+
+
+def test_mixture_and_distillation_are_said_in_words(tmp_path):
+    overrides = ("mixture.rule=dro", "mixture.loss_from=train", "mixture.floor=0.02", "recovery.distillation={}")
+    text = render_plan(plan(tiny_recipe(tmp_path, *overrides)))
+    for expected in (
+        "dro: the worst mixture within a chi-square ball of radius 0.1",
+        "moved by the losses of training batches",
+        "no share below 0.02",
+        "0.5 cross-entropy + 0.5 KL to the source model at temperature 1",
+    ):
+        assert expected in text, expected
+    assert "none: continued pretraining learns from the text alone" in render_plan(plan(tiny_recipe(tmp_path)))
 
 
 def test_checkpoints_hold_weights_and_two_moments():

@@ -46,6 +46,9 @@ BAD = [
     (["mixture.floor=0.6"], "asks for more than the whole; allowed: at most 0.5"),
     (["mixture.cap=0.4"], "cannot make up the whole"),
     (["mixture.cap=0.7"], "proportion = 0.75 lies outside"),
+    (["recovery.update_mixture_every_steps=5"], "Set mixture.loss_from=train, or recovery.update_mixture_every_steps"),
+    (["mixture.rule=nowhere.rules:best"], "there is no module nowhere.rules"),
+    (["mixture.rule=orchestrator.run:stages"], "run.py has no stages; it defines: CORPUS"),
     (["mixture.on_exhausted=stop", "recovery.steps=1000000"], "would run out in recovery"),
     (["workspace=nope://x/y"], "workspace = 'nope://x/y' cannot be opened"),
     (["corpus.split.eval=0.00001"], "in its eval split (an estimate from file sizes)"),
@@ -58,6 +61,11 @@ def test_what_would_fail_later_is_refused_now(problems, overrides, expected):
     """Each of these, let through, costs a run that dies after minutes or silently does something else."""
     found = problems(*overrides)
     assert any(expected in problem for problem in found), found
+
+
+def test_a_mixture_that_ignores_the_prior_is_not_held_against_it(problems):
+    """0.75 lies above the cap, but equal shares never come near it."""
+    assert problems("mixture.rule=uniform", "mixture.cap=0.6") == []
 
 
 def test_all_problems_come_at_once(problems):
@@ -73,6 +81,25 @@ def test_all_problems_come_at_once(problems):
 def test_more_than_one_estimate_error_is_needed_to_refuse(problems):
     """File sizes forecast sequences to a factor of two; a run that may well fit is not refused for that."""
     assert problems("mixture.on_exhausted=stop") == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda folder: None, None),
+        (lambda folder: (folder / "config.json").unlink(), "is no Hugging Face directory"),
+        (lambda folder: write_model(folder, vocab_size=352), "has a vocabulary of 352, the source of 320"),
+        (lambda folder: write_model(folder, tokens=310), "1 of the source's 320 tokens have another id or none"),
+        (lambda folder: write_model(folder, max_position_embeddings=32), "Set corpus.sequence_tokens=32"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "recovery.distillation.teacher = "),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused(tmp_path, spoil, expected):
+    """Logits of another vocabulary or tokenizer compared by position teach nonsense, and nothing fails."""
+    write_model(tmp_path / "teacher")
+    spoil(tmp_path / "teacher")
+    problems = preflight(tiny_recipe(tmp_path, f"recovery.distillation={{teacher: {tmp_path}/teacher}}"))
+    assert any(expected in problem for problem in problems) if expected else problems == []
 
 
 @pytest.mark.parametrize(

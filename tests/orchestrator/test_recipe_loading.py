@@ -119,7 +119,7 @@ def test_every_problem_is_named_at_once(recipe_file):
     problems = problems_of(
         recipe_file,
         [
-            "mixture.rule=fancy",
+            "references.kind=fancy",
             "pruning.steps=-1",
             "corpus.domains.wiki.text=3",
             "engine.wokers=2",
@@ -128,7 +128,7 @@ def test_every_problem_is_named_at_once(recipe_file):
     )
     assert len(problems) == 5
     assert "override 'engine.wokers=2': unknown key engine.wokers; did you mean engine.workers?" in problems
-    assert "mixture.rule = 'fancy' is not allowed; allowed: sheared, sheared_unclipped, static, uniform" in problems
+    assert "references.kind = 'fancy' is not allowed; allowed: source, scaling_law, values, file" in problems
     assert "pruning.steps = -1 is not allowed; allowed: a whole number >= 1" in problems
     assert any(
         p.startswith("corpus.domains.wiki.text = 3 is not allowed; allowed: text or a list of") for p in problems
@@ -189,3 +189,10 @@ def test_every_shipped_recipe_loads(path):
     recipe = load_recipe(str(path), [])
     assert recipe.name == path.stem
     assert sum(domain.proportion for domain in recipe.corpus.domains.values()) == pytest.approx(1, abs=1e-9)
+
+
+def test_a_misspelt_rule_names_the_nearest(recipe_file):
+    """A rule may be a path of the user's, so a wrong word is no enumeration's error."""
+    (problem,) = problems_of(recipe_file, ["mixture.rule=shered"])
+    assert problem.startswith("mixture.rule = 'shered': no rule of that name; allowed: static, uniform")
+    assert problem.endswith("Did you mean sheared?")

@@ -7,17 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shearing.data.config import MixtureConfig
+from shearing.data.config import RULE_WORDS, MixtureConfig
 from shearing.data.mixture import (
     Decision,
     MixtureState,
     check_bounds,
     initial_state,
     next_state,
-    project,
     read_decisions,
+    replay,
     write_decision,
 )
+from shearing.data.mixture_rules import RULES, project
 from shearing.errors import UserError
 from shearing.storage import open_store
 
@@ -103,7 +104,7 @@ anything = st.one_of(finite, st.just(math.nan), st.just(math.inf), st.just(-math
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from(["sheared", "sheared_unclipped", "static", "uniform"]),
+    st.sampled_from(RULE_WORDS),
     st.lists(st.fixed_dictionaries({"a": anything, "b": anything, "c": anything}), min_size=1, max_size=6),
     st.sampled_from([(0.0, 1.0), (0.05, 0.6), (0.1, 0.5), (1 / 3, 1 / 3), (0.0, 1 / 3)]),
     st.sampled_from([0.0, 0.1, 0.9]),
@@ -131,6 +132,13 @@ def test_one_loss_missing_moves_the_others_by_the_rule():
     state = after(MixtureConfig(), {"a": 2.0 + math.log(2), "b": math.nan, "c": 1.5})
     assert state.proportions == pytest.approx({"a": 0.7 / 1.2, "b": 0.3, "c": 0.7 * 0.2 / 1.2}, abs=1e-12)
     assert state.warnings == ["domain b: its loss is nan (reference 1.0); it keeps its proportion 0.3000"]
+
+
+def test_a_domain_of_which_nothing_was_read_keeps_its_proportion():
+    """Catches a made-up loss for a domain that no training batch drew from: 0, or the last known one, for ever."""
+    state = after(MixtureConfig(), {"a": 2.0 + math.log(2), "b": None, "c": 1.5})
+    assert state.proportions == pytest.approx({"a": 0.7 / 1.2, "b": 0.3, "c": 0.7 * 0.2 / 1.2}, abs=1e-12)
+    assert state.warnings == ["domain b: nothing of it was read since the last update; it keeps its proportion 0.3000"]
 
 
 def test_all_losses_missing_changes_nothing():
@@ -167,3 +175,42 @@ def test_decisions_after_a_rewind_drop_what_was_abandoned(tmp_path):
         (2, "one"),
         (3, "two"),
     ]
+
+
+def test_every_word_has_a_rule():
+    assert set(RULES) == set(RULE_WORDS)
+
+
+def history(config: MixtureConfig, updates: int = 9) -> list[MixtureState]:
+    """Versions as they come back from the files that a run wrote, with losses that move and one that is missing."""
+    states = [initial_state(config, PRIOR)]
+    for number in range(1, updates + 1):
+        losses = {"a": 2.2 - 0.01 * number, "b": 1.1 + 0.02 * number, "c": math.nan if number == 4 else 1.9}
+        states.append(next_state(states[-1], losses, REFERENCES, config, PRIOR, step=10 * number))
+    return [MixtureState.model_validate_json(state.model_dump_json()) for state in states]
+
+
+@pytest.mark.parametrize("rule", RULE_WORDS)
+def test_a_history_is_replayed_by_every_rule(rule):
+    """Catches a rule with state outside the history: a replay, or a run that resumed, would go another way."""
+    config = MixtureConfig(rule=rule, floor=0.05, cap=0.8, prior_pull=0.1, temperature=3.0)
+    found = replay(history(config), config, PRIOR)
+    assert (found.equal, found.versions, found.how) == (True, 10, "")
+
+
+def test_replay_says_where_a_history_was_changed():
+    """Catches a replay that starts from each recorded version anew, or that compares nothing."""
+    config = MixtureConfig(rule="dro")
+    states = history(config)
+    losses = states[6].losses | {"a": 3.0}
+    tampered = [*states[:6], states[6].model_copy(update={"losses": losses}), *states[7:]]
+    assert replay(tampered, config, PRIOR).differs_at == 6
+    assert "a was given" in replay(tampered, config, PRIOR).how
+    moved = states[5].model_copy(update={"proportions": {"a": 0.2, "b": 0.3, "c": 0.5}})
+    assert replay([*states[:5], moved, *states[6:]], config, PRIOR).differs_at == 5
+    forgotten = states[3].model_copy(update={"memory": {}})
+    assert replay([*states[:3], forgotten, *states[4:]], config, PRIOR).how.startswith("what the rule remembered")
+    assert replay([*states[:4], *states[5:]], config, PRIOR).how == "version 5 stands where version 4 belongs"
+    assert replay(states, MixtureConfig(rule="sheared"), PRIOR).differs_at == 1
+    assert replay(states, config, PRIOR | {"a": 0.9}).differs_at == 0
+    assert replay([], config, PRIOR).equal

@@ -18,7 +18,7 @@ from shearing.models.loading import model_tensors, new_model, write_model_direct
 from shearing.models.shape import Shape
 from shearing.storage import open_store
 from shearing.training.checkpoint import CheckpointReader
-from shearing.training.loop import summed_losses, training_reports
+from shearing.training.loop import training_reports
 from shearing.training.phase import PhaseConfig, Place, build_trainer, restore, save
 
 VOCABULARY = 97
@@ -87,7 +87,9 @@ class LocalMixture:
         self.phase = phase
 
     def submit(self, step, base, sums):
-        losses = summed_losses(sums, torch.device("cpu"))
+        total = torch.tensor([sums[domain] for domain in sums], dtype=torch.float64)
+        dist.all_reduce(total)
+        losses = {d: s / n if n else None for d, (s, n) in zip(sums, total.tolist(), strict=True)}
         phase = self.phase
         return next_state(base, losses, phase.references, phase.mixture, phase.proportions, step=step)
 

@@ -63,6 +63,12 @@ class PlainGates:
         return constraint.item(), norm
 
 
+def plain_divergence(teacher_NTV, student_NTV, temperature):
+    """Mean over sequences and all positions but the last of sum p (log p - log q), p and q softmax(logits / t)."""
+    p, q = (torch.softmax(logits[:, :-1] / temperature, -1) for logits in (teacher_NTV.detach(), student_NTV))
+    return (p * (p.log() - q.log())).sum(-1).mean()
+
+
 def plain_run(phase, noise_ranks=(None,)):
     """Losses, norms and end of a phase with constant proportions.
 
@@ -78,6 +84,8 @@ def plain_run(phase, noise_ranks=(None,)):
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(weights, lr=1.0, betas=training.betas, weight_decay=training.weight_decay)
     gates = PlainGates(phase, model) if phase.pruning else None
+    taught = phase.distillation
+    teacher = AutoModelForCausalLM.from_pretrained(taught.teacher, dtype=torch.float32).eval() if taught else None
     mix, history = MixState.start(list(phase.proportions)), []
     for step in range(training.steps):
         sequences = training.global_batch_tokens // manifest.sequence_tokens
@@ -92,8 +100,12 @@ def plain_run(phase, noise_ranks=(None,)):
             logits_NTV = model(input_ids=mine_NT).logits
             loss = functional.cross_entropy(logits_NTV[:, :-1].flatten(0, 1), mine_NT[:, 1:].flatten())
             loss = loss / len(noise_ranks)
-            loss.backward()
             row["loss"] += loss.item()
+            if taught:
+                divergence = plain_divergence(teacher(input_ids=mine_NT).logits, logits_NTV, taught.temperature)
+                row["divergence"] = divergence.item()
+                loss = (1 - taught.weight) * loss + taught.weight * taught.temperature**2 * divergence
+            loss.backward()
             if gates:
                 found = gates.slots.gradients()
                 torch.autograd.backward(list(sample.values()), [found[name] for name in sample])
