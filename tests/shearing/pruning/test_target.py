@@ -1,6 +1,6 @@
 import pytest
 
-from shearing.models.family import FAMILIES
+from shearing.models.families import FAMILIES
 from shearing.models.shape import Shape, TargetShape
 from shearing.pruning.target import check_target, gate_groups, target_shape
 
