@@ -1,11 +1,10 @@
 """What tests of masks and of extraction share: gates, logits, and a load that fails on any warning."""
 
 import logging
-import sys
 import warnings
-from pathlib import Path
 
 import torch
+from tiny_models import TOKENS
 from transformers import AutoModelForCausalLM
 
 from shearing.models.family import family_of
@@ -13,9 +12,6 @@ from shearing.models.loading import model_tensors
 from shearing.pruning.extraction import extract
 from shearing.pruning.gates import Gates
 from shearing.pruning.target import GROUPS, GroupSpec, gate_groups
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from tiny_models import TOKENS
 
 
 def random_gates(source, target, seed=0, hard=False):
