@@ -37,6 +37,12 @@ LONG_ROPE = {
         "long_factor": [1.0, 2.0, 4.0],
     },
 }
+GEMMA_3_ROPE = {
+    "rope_theta": 5000.0,
+    "rope_local_base_freq": 100.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+}
+PYTHIA_ROPE = {"rotary_pct": 0.5, "rotary_emb_base": 5000}
 GEMMA_2 = {"query_pre_attn_scalar": 8, "sliding_window": 5}
 NO_DROPOUT = {"dropout": 0.0}
 # Each variant of a family with what its config.json says beside the sizes.
@@ -48,12 +54,12 @@ VARIANTS = {
     "qwen3": ROPE | {"attention_bias": True, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
     "gemma": ROPE,
     "gemma2": ROPE | GEMMA_2,
-    "gemma3_text": GEMMA_2 | {"sliding_window_pattern": 2, "attention_bias": True},
+    "gemma3_text": GEMMA_2 | GEMMA_3_ROPE | {"sliding_window_pattern": 2, "attention_bias": True},
     "phi3": PARTIAL_ROPE | {"sliding_window": 5},
     "phi3 long": LONG_ROPE,
     "olmo2": ROPE | {"attention_bias": True},
     "gpt_neox": PARTIAL_ROPE,
-    "gpt_neox sequential": PARTIAL_ROPE | {"use_parallel_residual": False, "attention_bias": False},
+    "gpt_neox sequential": PYTHIA_ROPE | {"use_parallel_residual": False, "attention_bias": False},
     "opt": NO_DROPOUT,
     "opt unbiased": NO_DROPOUT | {"enable_bias": False},
 }

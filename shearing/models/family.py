@@ -139,6 +139,7 @@ def resized_config(config: Any, target: Shape, kept_layers: list[int] | None = N
         start = resized[family.window_start_key]
         resized[family.window_start_key] = sum(layer < start for layer in layers)
     resized.setdefault("architectures", [family.architecture])
+    resized.pop("auto_map", None)  # names modelling files that the new directory does not hold, nor needs
     assert shape_of(resized) == target, f"no {family.model_type} model has the shape {target}"
     return resized
 

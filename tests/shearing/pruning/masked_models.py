@@ -42,9 +42,10 @@ def relative_difference(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def extracted(model, z, target, **options):
+def extracted(model, z, target, config=None, **options):
     """Config and tensors of the pruned model, as two dicts."""
-    config, tensors = extract(model.config, family_of(model.config), dict(model_tensors(model)), z, target, **options)
+    config = model.config if config is None else config
+    config, tensors = extract(config, family_of(config), dict(model_tensors(model)), z, target, **options)
     return config, dict(tensors)
 
 
