@@ -7,7 +7,15 @@ from typing import Any
 
 from orchestrator.recipe import Recipe
 from shearing.errors import UserError
-from shearing.models.family import FAMILIES, Family, check_shape, family_of, llama_config, shape_of, vocabulary_of
+from shearing.models.families import FAMILIES, Family
+from shearing.models.family import (
+    check_config,
+    check_shape,
+    family_of,
+    llama_config,
+    shape_of,
+    vocabulary_of,
+)
 from shearing.models.shape import Shape
 from shearing.pruning.target import check_target, target_shape
 
@@ -151,6 +159,7 @@ def _read_config(facts: SourceFacts, recipe: Recipe) -> None:
     except UserError as error:
         facts.problems += error.problems
         return
+    facts.problems += check_config(config)
     rows = vocabulary_of(config)
     if facts.tokenizer_vocabulary is not None and facts.tokenizer_vocabulary > rows:
         facts.problems.append(
@@ -171,7 +180,7 @@ def _read_config(facts: SourceFacts, recipe: Recipe) -> None:
             f"Set scores.prompt_tokens={max(1, positions - recipe.scores.decode_tokens)} or lower."
         )
     pruning = recipe.pruning
-    wrong = check_target(facts.family, facts.shape, pruning.target, pruning.gates.groups)
+    wrong = check_target(facts.family, facts.shape, pruning.target, pruning.gates.groups, config=config)
     facts.problems += wrong
     if not wrong:
         facts.target = target_shape(facts.shape, pruning.target)
