@@ -9,7 +9,7 @@ from orchestrator.recipe import Recipe
 from shearing.errors import UserError
 from shearing.models.family import FAMILIES, Family, check_shape, family_of, llama_config, shape_of, vocabulary_of
 from shearing.models.shape import Shape
-from shearing.pruning.target import check_target, target_shape
+from shearing.pruning.target import check_pruning, target_shape
 
 _OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -165,7 +165,7 @@ def _read_config(facts: SourceFacts, recipe: Recipe) -> None:
             f"Set scores.prompt_tokens={max(1, positions - recipe.scores.decode_tokens)} or lower."
         )
     pruning = recipe.pruning
-    wrong = check_target(facts.family, facts.shape, pruning.target, pruning.gates.groups)
+    wrong = check_pruning(facts.family, facts.shape, pruning)
     facts.problems += wrong
     if not wrong:
         facts.target = target_shape(facts.shape, pruning.target)

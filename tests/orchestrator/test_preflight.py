@@ -50,6 +50,10 @@ BAD = [
     (["workspace=nope://x/y"], "workspace = 'nope://x/y' cannot be opened"),
     (["corpus.split.eval=0.00001"], "in its eval split (an estimate from file sizes)"),
     (["corpus.boundary_token=bos"], "names no bos_token"),
+    (["pruning.keep.layers=[0, 4]"], "pruning.keep.layers names 4, which a source with 4 layers does not have"),
+    (["pruning.keep.layers=[0]", "pruning.drop.layers=[-4]"], "both name layers 0"),
+    (["pruning.drop.layers=[1, 2]"], "forces 2 layers to go, but the target keeps 3 of 4"),
+    (["pruning.method=activation", "corpus.split.prune=0.00001"], "takes its calibration text from"),
 ]  # fmt: skip
 
 
@@ -58,6 +62,14 @@ def test_what_would_fail_later_is_refused_now(problems, overrides, expected):
     """Each of these, let through, costs a run that dies after minutes or silently does something else."""
     found = problems(*overrides)
     assert any(expected in problem for problem in found), found
+
+
+@pytest.mark.parametrize("method", ["magnitude", "activation", "block_influence", "random"])
+def test_the_same_recipe_with_another_method_just_works(problems, method):
+    """Catches keys of mask learning that are refused where nobody reads them."""
+    assert (
+        problems(f"pruning.method={method}", "pruning.warmup_steps=99", "pruning.gates.sparsity_warmup_steps=99") == []
+    )
 
 
 def test_all_problems_come_at_once(problems):
