@@ -196,8 +196,8 @@ def _supply_problems(recipe: Recipe, supply: Supply) -> list[str]:
     if recipe.pruning.method in ("activation", "block_influence"):
         problems += [
             f"domain {name} has {_count(splits.get('prune', 0.0))} sequences in its prune split ({label}), where "
-            f"pruning.method = {recipe.pruning.method} takes its calibration text from; at least one is needed. Give it "
-            "more text, set corpus.split.prune higher, or corpus.sequence_tokens lower."
+            f"pruning.method = {recipe.pruning.method} takes its calibration text from; at least one is needed. Give "
+            "it more text, set corpus.split.prune higher, or corpus.sequence_tokens lower."
             for name, splits in supply.sequences.items()
             if splits.get("prune", 0.0) * margin < 1
         ]
