@@ -54,9 +54,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "sparsity": {g: report_charts.sparsity_chart(f"sparsity-{g}", g, pruning) for g in pruning["sparsity"]},
         "heat": {
-            group: report_pictures.heat(
-                part["layers"]["kept_shares"], f"Share of {group} units kept, by layer and step"
-            )
+            group: report_pictures.heat(part["layers"]["kept_shares"], f"Share of {group} kept, by layer and step")
             for group, part in pruning["sparsity"].items()
             if len(part.get("expected_units", [])) > 1
         },
