@@ -22,13 +22,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from shearing.models.family import FAMILIES, llama_config
+from shearing.models.families import FAMILIES
+from shearing.models.family import llama_config
 from shearing.models.loading import new_model
 from shearing.models.shape import Shape, TargetShape
 from shearing.pruning.config import GatesConfig
@@ -60,9 +62,8 @@ class ActivationSlots(GateSlots):
 
     def _install(self, gates: ExpandedGates) -> None:
         family = self._family
-        if gates.hidden_D is not None:
-            self._install_hidden(gates.hidden_D)
-        out, head, inner = self._rows(gates.out_LD), self._rows(gates.head_LI), self._rows(gates.intermediate_LF)
+        self._install_hidden(gates.hidden_D)
+        out, head, inner = self._rows(gates.attention_LD), self._rows(gates.head_LI), self._rows(gates.intermediate_LF)
         for layer in range(self.shape.num_layers):
             for name, gate in ((family.output, head), (family.down, inner)):
                 module = self._model.get_submodule(family.layer_module(layer, name))
@@ -80,7 +81,7 @@ class PartSlots(GateSlots):
 
     def _install(self, gates: ExpandedGates) -> None:
         if "linears" in self.parts:
-            super()._install(ExpandedGates(None, gates.out_LD, gates.head_LI, gates.intermediate_LF))
+            super()._install(replace(gates, hidden_D=None))
         if "norms" in self.parts:
             self._install_hidden(gates.hidden_D)
 

@@ -7,7 +7,15 @@ from typing import Any
 
 from orchestrator.recipe import Recipe
 from shearing.errors import UserError
-from shearing.models.family import FAMILIES, Family, check_shape, family_of, llama_config, shape_of, vocabulary_of
+from shearing.models.families import FAMILIES, Family
+from shearing.models.family import (
+    check_config,
+    check_shape,
+    family_of,
+    llama_config,
+    shape_of,
+    vocabulary_of,
+)
 from shearing.models.shape import Shape
 from shearing.pruning.target import check_pruning, target_shape
 
@@ -145,6 +153,7 @@ def _read_config(facts: SourceFacts, recipe: Recipe) -> None:
     except UserError as error:
         facts.problems += error.problems
         return
+    facts.problems += check_config(config)
     rows = vocabulary_of(config)
     if facts.tokenizer_vocabulary is not None and facts.tokenizer_vocabulary > rows:
         facts.problems.append(
@@ -165,7 +174,7 @@ def _read_config(facts: SourceFacts, recipe: Recipe) -> None:
             f"Set scores.prompt_tokens={max(1, positions - recipe.scores.decode_tokens)} or lower."
         )
     pruning = recipe.pruning
-    wrong = check_pruning(facts.family, facts.shape, pruning)
+    wrong = check_pruning(facts.family, facts.shape, pruning, source_config=config)
     facts.problems += wrong
     if not wrong:
         facts.target = target_shape(facts.shape, pruning.target)

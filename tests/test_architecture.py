@@ -20,8 +20,9 @@ LIGHT = (
     "orchestrator/stage.py", "orchestrator/stages.py", "orchestrator/run.py", "orchestrator/command.py",
     "orchestrator/console.py", "orchestrator/workspace.py", "orchestrator/source_model.py",
     "shearing/config.py", "shearing/errors.py", "shearing/storage.py", "shearing/models/shape.py",
-    "shearing/models/family.py", "shearing/models/parameters.py", "shearing/pruning/target.py",
-    "shearing/data/manifest.py", "shearing/data/config.py", "shearing/pruning/config.py", "shearing/training/config.py",
+    "shearing/models/families.py", "shearing/models/family.py", "shearing/models/parameters.py",
+    "shearing/pruning/target.py", "shearing/data/manifest.py", "shearing/data/config.py", "shearing/pruning/config.py",
+    "shearing/training/config.py",
 )  # fmt: skip
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "matplotlib", "lm_eval"}
 

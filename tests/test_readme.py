@@ -17,7 +17,7 @@ from orchestrator.recipe_loading import load_recipe
 from orchestrator.run import STAGES
 from shearing.data.config import MixtureConfig, ReferencesConfig
 from shearing.data.mixture import RULES
-from shearing.models.family import FAMILIES
+from shearing.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,129 +1,11 @@
-"""Model families as a table of names and traits; importable without torch or transformers.
-
-A family says where things are in a model and which config keys hold its sizes. No forward pass is copied
-from anywhere: masks and extraction work on Hugging Face's own modules, found by these names.
-"""
+"""What a model's config says, read by the table of its family; importable without torch or transformers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from shearing.errors import UserError
+from shearing.models.families import FAMILIES, Family
 from shearing.models.shape import Shape
-
-# Config keys that hold the sizes of a Shape, as every registered family writes them.
-DIMENSION_KEYS: Mapping[str, str] = MappingProxyType(
-    {
-        "num_layers": "num_hidden_layers",
-        "hidden_size": "hidden_size",
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads",
-        "head_size": "head_dim",
-        "intermediate_size": "intermediate_size",
-    }
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names and traits of one model family. Module names of a layer are relative to that layer.
-
-    Attributes:
-        qkv_bias: Whether query, key and value projections have a bias: always, never, or as the config key says.
-        output_bias: The same of the attention's output projection.
-        mlp_bias: The same of the three MLP projections.
-        head_norms: Norms over the head dimension (of queries and keys); no gate touches them.
-        hidden_multiple_of_heads: Hugging Face's config refuses a hidden size that is not a multiple of the heads,
-            though the head size is given.
-        per_layer_keys: Config keys that hold one entry a layer.
-        window_start_key: Config key of the first layer with a sliding window, where layer types are not listed.
-        defaults: What the family's config class takes for a key that a config.json leaves out.
-    """
-
-    model_type: str
-    architecture: str
-    embedding: str = "model.embed_tokens"
-    layers: str = "model.layers"
-    final_norm: str = "model.norm"
-    lm_head: str = "lm_head"
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
-    gate: str = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-    head_norms: tuple[str, ...] = ()
-    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
-    norm_epsilon: str = "variance_epsilon"
-    qkv_bias: bool | str = False
-    output_bias: bool | str = False
-    mlp_bias: bool | str = False
-    hidden_multiple_of_heads: bool = False
-    per_layer_keys: tuple[str, ...] = ("layer_types",)
-    window_start_key: str | None = None
-    dimension_keys: Mapping[str, str] = field(default_factory=lambda: DIMENSION_KEYS, hash=False)
-    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    def layer_module(self, layer: int, name: str) -> str:
-        """Full name of a module of one layer, as in `model.layers.3.mlp.up_proj`."""
-        return f"{self.layers}.{layer}.{name}"
-
-
-def _defaults(**changed: Any) -> Mapping[str, Any]:
-    common = {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "tie_word_embeddings": False,
-    }
-    return MappingProxyType(common | changed)
-
-
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        family.model_type: family
-        for family in (
-            Family(
-                model_type="llama",
-                architecture="LlamaForCausalLM",
-                qkv_bias="attention_bias",
-                output_bias="attention_bias",
-                mlp_bias="mlp_bias",
-                hidden_multiple_of_heads=True,
-                defaults=_defaults(),
-            ),
-            Family(
-                model_type="mistral",
-                architecture="MistralForCausalLM",
-                defaults=_defaults(intermediate_size=14336, num_key_value_heads=8),
-            ),
-            Family(
-                model_type="qwen2",
-                architecture="Qwen2ForCausalLM",
-                qkv_bias=True,
-                window_start_key="max_window_layers",
-                defaults=_defaults(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32),
-            ),
-            Family(
-                model_type="qwen3",
-                architecture="Qwen3ForCausalLM",
-                qkv_bias="attention_bias",
-                output_bias="attention_bias",
-                head_norms=("self_attn.q_norm", "self_attn.k_norm"),
-                window_start_key="max_window_layers",
-                defaults=_defaults(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, head_dim=128),
-            ),
-        )
-    }
-)
 
 
 def as_config_dict(config: Any) -> dict[str, Any]:
@@ -142,8 +24,8 @@ def family_of(config: Any) -> Family:
         return FAMILIES[model_type]
     raise UserError(
         f"The source model's config.json says model_type = {model_type}, a family that is not registered; "
-        f"known: {', '.join(FAMILIES)}. Name another source model, or add a Family with its module names and traits "
-        "to FAMILIES in shearing/models/family.py."
+        f"known: {', '.join(FAMILIES)}. Name another source model, or add this family to the table in "
+        "shearing/models/families.py as docs/ADDING_A_FAMILY.md tells."
     )
 
 
@@ -160,11 +42,24 @@ def shape_of(config: Any) -> Shape:
     """
     family = family_of(config)
     sizes = {name: config_value(family, config, key) for name, key in family.dimension_keys.items()}
-    if sizes["num_kv_heads"] is None:
+    if sizes.get("num_kv_heads") is None:
         sizes["num_kv_heads"] = sizes["num_heads"]
-    if sizes["head_size"] is None:
+    if sizes.get("head_size") is None:
         sizes["head_size"] = sizes["hidden_size"] // sizes["num_heads"]
     return Shape(**sizes)
+
+
+def check_config(config: Any) -> list[str]:
+    """What in a registered family's config no mask or extraction knows, one message a problem; empty if nothing is."""
+    family, values = family_of(config), as_config_dict(config)
+    hidden_size = config_value(family, values, family.dimension_keys["hidden_size"])
+    wanted = {key: hidden_size for key in family.hidden_keys if values.get(key) is not None} | dict(family.required)
+    return [
+        f"The source model's config.json says {key} = {config_value(family, values, key)}, a variant of "
+        f"{family.model_type} that cannot be pruned here; allowed: {value}. Name another source model."
+        for key, value in wanted.items()
+        if config_value(family, values, key) != value
+    ]
 
 
 def check_shape(family: Family, shape: Shape, path: str) -> list[str]:
@@ -196,6 +91,15 @@ def check_shape(family: Family, shape: Shape, path: str) -> list[str]:
     return problems
 
 
+def head_size_is_quotient(family: Family, config: Any) -> bool:
+    """Whether the head size of such a model is its hidden size over its heads, and can be nothing else."""
+    if family.head_size_from_hidden != "long_rope":
+        return family.head_size_from_hidden == "always"
+    values = as_config_dict(config)
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    return "short_factor" in rope or "long_factor" in rope
+
+
 def vocabulary_of(config: Any) -> int:
     """Rows of the embedding table."""
     return config_value(family_of(config), config, "vocab_size")
@@ -225,6 +129,9 @@ def resized_config(config: Any, target: Shape, kept_layers: list[int] | None = N
     assert len(layers) == target.num_layers
     resized = as_config_dict(config)
     resized |= {key: getattr(target, name) for name, key in family.dimension_keys.items()}
+    resized |= {key: target.hidden_size for key in family.hidden_keys if resized.get(key) is not None}
+    if family.full_attention_every is not None and resized.get("layer_types") is None:
+        resized["layer_types"] = _layer_types_by_rule(family, resized, source.num_layers)
     for key in family.per_layer_keys:
         if resized.get(key) is not None:
             resized[key] = [resized[key][layer] for layer in layers]
@@ -232,7 +139,38 @@ def resized_config(config: Any, target: Shape, kept_layers: list[int] | None = N
         start = resized[family.window_start_key]
         resized[family.window_start_key] = sum(layer < start for layer in layers)
     resized.setdefault("architectures", [family.architecture])
+    assert shape_of(resized) == target, f"no {family.model_type} model has the shape {target}"
     return resized
+
+
+def _layer_types_by_rule(family: Family, config: Mapping[str, Any], layers: int) -> list[str]:
+    every = family.full_attention_every
+    if family.full_attention_key is not None:
+        every = config.get(family.full_attention_key, every)
+    assert every is not None
+    return ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)]
+
+
+def stored_name(config: Any, name: str) -> str:
+    """How files name a weight that is `name` in memory; the same for a family that is not registered."""
+    return _renamed(name, _stored_names(config))
+
+
+def memory_name(config: Any, name: str) -> str:
+    """How a model in memory names a weight that files have as `name`; a file that says it so already is taken too."""
+    return _renamed(name, {stored: name for name, stored in _stored_names(config).items()})
+
+
+def _stored_names(config: Any) -> Mapping[str, str]:
+    family = FAMILIES.get(str(as_config_dict(config).get("model_type")))
+    return {} if family is None else family.stored_names
+
+
+def _renamed(name: str, beginnings: Mapping[str, str]) -> str:
+    for old, new in beginnings.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def llama_config(

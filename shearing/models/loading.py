@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from shearing.errors import UserError
-from shearing.models.family import is_tied
+from shearing.models.families import FAMILIES
+from shearing.models.family import family_of, is_tied, memory_name, stored_name
 
 MAX_SHARD_BYTES = 5_000_000_000
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -49,8 +50,16 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model from a Hugging Face directory, in evaluation mode, with torch's own attention."""
     return AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+        str(folder),
+        dtype=dtype,
+        attn_implementation=_attention(read_config(folder)),
+        trust_remote_code=trust_remote_code,
     )
+
+
+def _attention(config: Mapping[str, Any]) -> str:
+    family = FAMILIES.get(str(config.get("model_type")))
+    return "sdpa" if family is None else family.attention
 
 
 def new_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
@@ -65,7 +74,8 @@ def new_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, see
     hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="sdpa")
+        attention = _attention(config)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=attention)
     cast_parameters(model, dtype)
     return model
 
@@ -81,45 +91,48 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The weights of a model directory by name, each read from its file when asked for.
+    """The weights of a model directory by their names in memory, each read from its file when asked for.
 
     Args:
-        folder: Holds model.safetensors, or shards with their index.
+        folder: Holds config.json, and model.safetensors or shards with their index.
 
     Raises:
-        UserError: It holds neither.
+        UserError: It lacks one of them.
     """
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         if (folder / INDEX_FILE).is_file():
             weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
-            self._files = {name: folder / file for name, file in weight_map.items()}
+            files = {name: folder / file for name, file in weight_map.items()}
         elif (folder / WEIGHTS_FILE).is_file():
             with safe_open(folder / WEIGHTS_FILE, framework="pt") as stored:
-                self._files = dict.fromkeys(stored.keys(), folder / WEIGHTS_FILE)
+                files = dict.fromkeys(stored.keys(), folder / WEIGHTS_FILE)
         else:
             raise UserError(
                 f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; weights in safetensors are expected. "
                 "Save the model with save_pretrained of a recent transformers."
             )
+        config = read_config(folder)
+        self._places = {memory_name(config, name): (name, file) for name, file in files.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as stored:
-            return stored.get_tensor(name)
+        stored_as, file = self._places[name]
+        with safe_open(file, framework="pt") as stored:
+            return stored.get_tensor(stored_as)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._places)
 
 
 def model_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Weights of a model in memory by name; the LM head is left out where it is the embedding table."""
-    tied = is_tied(model.config)
+    head = f"{family_of(model.config).lm_head}.weight" if is_tied(model.config) else None
     for name, parameter in model.named_parameters():
-        if not (tied and name == "lm_head.weight"):
+        if name != head:
             yield name, parameter.detach()
 
 
@@ -137,7 +150,7 @@ def write_model_directory(
     Args:
         folder: Replaced if it exists.
         config: The config.json; its `dtype` is set to the weights' own.
-        tensors: Weights by name, written as they come: no more than one shard is held in memory.
+        tensors: Weights by their names in memory, written as they come: no more than one shard is held in memory.
         tokenizer_folder: Whose tokenizer files are copied.
         generation_config: Written as generation_config.json; None writes none.
         max_shard_bytes: Weights beyond this go to several files with an index.
@@ -146,7 +159,8 @@ def write_model_directory(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    dtype = _write_weights(partial, tensors, max_shard_bytes)
+    named = ((stored_name(config, name), tensor) for name, tensor in tensors)
+    dtype = _write_weights(partial, named, max_shard_bytes)
     written = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
     write_json(partial / CONFIG_FILE, written)
     if generation_config is not None:

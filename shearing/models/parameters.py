@@ -1,25 +1,76 @@
-"""Parameter counts in closed form, for plans and scores; importable without torch."""
+"""Names and sizes of all parameters in closed form, for plans, scores and checks; importable without torch."""
 
+from math import prod
 from typing import Any
 
-from shearing.models.family import Family, family_of, has_bias, is_tied, shape_of, vocabulary_of
+from shearing.models.families import Family
+from shearing.models.family import config_value, family_of, has_bias, is_tied, shape_of, vocabulary_of
 from shearing.models.shape import Shape
 
+Sizes = dict[str, tuple[int, ...]]
 
-def _layer_parameters(family: Family, config: Any, shape: Shape) -> int:
-    """Weights and biases of the seven projections of one layer."""
+
+def _projections(family: Family, config: Any, shape: Shape) -> Sizes:
+    """Weights and biases of one layer's projections, by their names in the layer."""
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
-    query = shape.num_heads * shape.head_size
-    key_value = shape.num_kv_heads * shape.head_size
-    weights = 2 * hidden * (query + key_value) + 3 * hidden * intermediate
-    biases = 0
-    if has_bias(family, config, family.qkv_bias):
-        biases += query + 2 * key_value
-    if has_bias(family, config, family.output_bias):
-        biases += hidden
-    if has_bias(family, config, family.mlp_bias):
-        biases += 2 * intermediate + hidden
-    return weights + biases
+    query, key_value = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
+    rows = {family.query: query, family.key: key_value, family.value: key_value}
+    if family.qkv_rows != "apart":
+        rows = {family.query: query + 2 * key_value}
+    traits = dict.fromkeys(rows, family.qkv_bias)
+    inputs = dict.fromkeys(rows, hidden)
+    fused = family.gate == family.up
+    for name in (family.gate, family.up):
+        if name is not None:
+            rows[name], inputs[name] = (2 if fused else 1) * intermediate, hidden
+            traits[name] = family.mlp_bias
+    rows |= {family.output: hidden, family.down: hidden}
+    inputs |= {family.output: query, family.down: intermediate}
+    traits |= {family.output: family.output_bias, family.down: family.mlp_bias}
+    sizes: Sizes = {f"{name}.weight": (rows[name], inputs[name]) for name in rows}
+    return sizes | {f"{name}.bias": (rows[name],) for name in rows if has_bias(family, config, traits[name])}
+
+
+def _norm(family: Family, name: str, size: int) -> Sizes:
+    kinds = ("weight", "bias") if family.norm == "layer" else ("weight",)
+    return {f"{name}.{kind}": (size,) for kind in kinds}
+
+
+def _norms(family: Family, shape: Shape) -> Sizes:
+    """Norms of one layer, by their names in the layer."""
+    sizes: Sizes = {}
+    for name in (*family.pre_norms, *family.post_norms):
+        sizes |= _norm(family, name, shape.hidden_size)
+    heads = (1, 1) if family.head_norm_span == "head" else (shape.num_heads, shape.num_kv_heads)
+    for name, count in zip(family.head_norms, heads, strict=False):
+        sizes |= _norm(family, name, count * shape.head_size)
+    return sizes
+
+
+def _outside(family: Family, config: Any, shape: Shape, vocabulary: int) -> Sizes:
+    """Embeddings, final norm and LM head, which is left out where it is the embedding table."""
+    sizes: Sizes = {f"{family.embedding}.weight": (vocabulary, shape.hidden_size)}
+    if family.positions is not None:
+        rows = config_value(family, config, "max_position_embeddings") + family.position_offset
+        sizes[f"{family.positions}.weight"] = (rows, shape.hidden_size)
+    sizes |= _norm(family, family.final_norm, shape.hidden_size)
+    if not is_tied(config):
+        sizes[f"{family.lm_head}.weight"] = (vocabulary, shape.hidden_size)
+    return sizes
+
+
+def parameter_sizes(config: Any) -> Sizes:
+    """Every parameter of a model by its full name; a table that embedding and LM head share is there once."""
+    family, shape = family_of(config), shape_of(config)
+    layer = _projections(family, config, shape) | _norms(family, shape)
+    sizes = _outside(family, config, shape, vocabulary_of(config))
+    for number in range(shape.num_layers):
+        sizes |= {family.layer_module(number, name): size for name, size in layer.items()}
+    return sizes
+
+
+def _total(sizes: Sizes) -> int:
+    return sum(prod(size) for size in sizes.values())
 
 
 def prunable_parameters(config: Any, shape: Shape | None = None) -> int:
@@ -32,7 +83,7 @@ def prunable_parameters(config: Any, shape: Shape | None = None) -> int:
     Source: arXiv 2310.06694, section 2.1 (its sparsity leaves the same out).
     """
     family, shape = family_of(config), shape or shape_of(config)
-    return shape.num_layers * _layer_parameters(family, config, shape)
+    return shape.num_layers * _total(_projections(family, config, shape))
 
 
 def count_parameters(config: Any, shape: Shape | None = None, vocabulary: int | None = None) -> int:
@@ -45,7 +96,5 @@ def count_parameters(config: Any, shape: Shape | None = None, vocabulary: int | 
     """
     family, shape = family_of(config), shape or shape_of(config)
     vocabulary = vocabulary_of(config) if vocabulary is None else vocabulary
-    tables = vocabulary * shape.hidden_size * (1 if is_tied(config) else 2)
-    norms = (2 * shape.num_layers + 1) * shape.hidden_size
-    head_norms = shape.num_layers * len(family.head_norms) * shape.head_size
-    return prunable_parameters(config, shape) + tables + norms + head_norms
+    norms = shape.num_layers * _total(_norms(family, shape))
+    return prunable_parameters(config, shape) + norms + _total(_outside(family, config, shape, vocabulary))

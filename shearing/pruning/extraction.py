@@ -1,7 +1,7 @@
 """A smaller model out of a masked one: units kept, gates folded into the weights, layers renumbered.
 
 The formulas are those of `shearing.pruning.masks`, so the masked model at the target's size and the extracted one are
-the same function. Shape suffixes as there; V is the vocabulary.
+the same function. Shape suffixes as there.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shearing.models.family import Family, has_bias, is_tied, resized_config, shape_of
+from shearing.models.families import Family
+from shearing.models.family import is_tied, resized_config, shape_of
+from shearing.models.parameters import parameter_sizes
 from shearing.models.shape import Shape
-from shearing.pruning.masks import ExpandedGates, expand_gates, gated_vector, gated_weight
+from shearing.pruning.gated_norms import gated_norm_weight, gated_vector
+from shearing.pruning.masks import ExpandedGates, expand_gates, gated_weight
 from shearing.pruning.target import gate_groups
 
-IGNORED_BUFFERS = ("rotary_emb.inv_freq",)  # in some old checkpoints; computed from the config since
+HALF_LAYERS = {"attention_layer", "mlp_layer"}
+Tensors = dict[str, Tensor]
 
 
 def kept_units(z: Mapping[str, Tensor], source: Shape, target: Shape) -> dict[str, list[Any]]:
@@ -31,9 +35,16 @@ def kept_units(z: Mapping[str, Tensor], source: Shape, target: Shape) -> dict[st
         gates the earlier unit stays.
 
     Raises:
-        ValueError: An open gate whose unit does not fit the target: the gates are not at the exact size.
+        ValueError: An open gate whose unit does not fit the target: the gates are not at the exact size. Or gates of
+            attention and MLP apart: a layer that loses one of the two has no uniform shape.
     """
     specs = gate_groups(source, target, z.keys())
+    halves = z.keys() & HALF_LAYERS
+    if halves:
+        raise ValueError(
+            f"gates {sorted(halves)} take attention or MLP out of single layers, which no target shape holds. "
+            "Cut whole layers by the group 'layer'."
+        )
     kept: dict[str, list[Any]] = {}
     for name, gates in z.items():
         spec = specs[name]
@@ -62,20 +73,18 @@ class _Indices:
         """Intermediate units of a layer."""
         return torch.tensor(self._of("intermediate", layer, self._source.intermediate_size))
 
-    def key_values(self, layer: int) -> Tensor:
-        """Rows of the key and value projections."""
-        if self._multi_head:
-            return self.queries(layer)
-        return self._head_rows(self._of("kv_head", layer, self._source.num_kv_heads))
+    def key_value_heads(self, layer: int) -> Tensor:
+        """Heads of the key and value projections."""
+        group = "head" if self._multi_head else "kv_head"
+        return torch.tensor(self._of(group, layer, self._source.num_kv_heads))
 
-    def queries(self, layer: int) -> Tensor:
-        """Rows of the query projection, columns of the output projection: groups in order, their queries in order."""
-        ratio = self._source.num_heads // self._source.num_kv_heads
+    def heads(self, layer: int) -> Tensor:
+        """Heads of the query and output projections: groups in order, their queries in order."""
         if self._multi_head:
-            return self._head_rows(self._of("head", layer, self._source.num_heads))
-        queries = self._of("head", layer, ratio)
-        groups = self._of("kv_head", layer, self._source.num_kv_heads)
-        return self._head_rows([group * ratio + query for group in groups for query in queries])
+            return self.key_value_heads(layer)
+        ratio = self._source.num_heads // self._source.num_kv_heads
+        queries = torch.tensor(self._of("head", layer, ratio))
+        return (self.key_value_heads(layer)[:, None] * ratio + queries).reshape(-1)
 
     @property
     def _multi_head(self) -> bool:
@@ -84,9 +93,28 @@ class _Indices:
     def _of(self, group: str, layer: int, size: int) -> list[int]:
         return self._kept[group][layer] if group in self._kept else list(range(size))
 
-    def _head_rows(self, heads: list[int]) -> Tensor:
-        size = self._source.head_size
-        return (torch.tensor(heads)[:, None] * size + torch.arange(size)).reshape(-1)
+
+def _head_rows(heads: Tensor, size: int) -> Tensor:
+    """Rows of heads of `size` rows each."""
+    return (heads[:, None] * size + torch.arange(size)).reshape(-1)
+
+
+def _reader_rows(family: Family, source: Shape, indices: _Indices, layer: int) -> dict[str, Tensor]:
+    """Rows that stay of every projection that reads the hidden dimension, by its name in the layer."""
+    heads, key_values = indices.heads(layer), indices.key_value_heads(layer)
+    intermediate, size = indices.intermediate(layer), source.head_size
+    queries = _head_rows(heads, size)
+    if family.qkv_rows == "apart":
+        keys = _head_rows(key_values, size)
+        rows = {family.query: queries, family.key: keys, family.value: keys}
+    elif family.qkv_rows == "blocks":
+        keys = source.num_heads * size + _head_rows(key_values, size)
+        rows = {family.query: torch.cat([queries, keys, source.num_kv_heads * size + keys])}
+    else:
+        rows = {family.query: _head_rows(heads, 3 * size)}
+    if family.gate == family.up:
+        return rows | {family.up: torch.cat([intermediate, source.intermediate_size + intermediate])}
+    return rows | {name: intermediate for name in (family.gate, family.up) if name is not None}
 
 
 def extract(
@@ -103,7 +131,7 @@ def extract(
     Args:
         config: Of the source model.
         family: Of the source model.
-        tensors: The source's weights by their Hugging Face names; read one at a time, so a lazy mapping will do.
+        tensors: The source's weights by their names in memory; read one at a time, so a lazy mapping will do.
         z: Gates by group at the target's exact size, from `gates.deterministic(exact=True)`.
         target: Full target shape, from `shearing.pruning.target.target_shape`.
         dtype: Of the weights written; default each weight's own. Products are formed in float32.
@@ -111,8 +139,6 @@ def extract(
     Raises:
         ValueError: Gates not at the exact size; weights missing, or left over that the family does not know.
     """
-    if family.norm != "rms":
-        raise NotImplementedError(f"extraction of {family.norm!r} norms (family {family.model_type}) is not built yet")
     source = shape_of(config)
     indices = _Indices(kept_units(z, source, target), source)
     gates = expand_gates({name: gate.detach().cpu() for name, gate in z.items()}, source)
@@ -121,92 +147,117 @@ def extract(
     if dtype is not None:
         new_config.pop("torch_dtype", None)
         new_config["dtype"] = str(dtype).removeprefix("torch.")
-    weights = _fold(family, tensors, gates, indices, is_tied(config))
+    weights = _Fold(family, source, tensors, gates, indices).weights(is_tied(config))
     return new_config, ((name, tensor.to(dtype or tensor.dtype).contiguous()) for name, tensor in weights)
 
 
-def _fold(
-    family: Family, tensors: Mapping[str, Tensor], gates: ExpandedGates, indices: _Indices, tied: bool
-) -> Iterator[tuple[str, Tensor]]:
-    hidden = indices.hidden
-    hidden_gates = None if gates.hidden_D is None else gates.hidden_D[hidden]
-    embedding, head, final_norm = (f"{name}.weight" for name in (family.embedding, family.lm_head, family.final_norm))
-    yield embedding, gated_vector(tensors[embedding][:, hidden], hidden_gates)
-    for new, layer in enumerate(indices.layers):
-        yield from _fold_layer(family, tensors, gates, indices, (layer, new))
-    # Logits are E (w z n) of the normed stream n. Where the head is the embedding table, that table carries the z
-    # already, and a final norm that carried it too would apply it twice.
-    yield final_norm, gated_vector(tensors[final_norm][hidden], None if tied else hidden_gates)
-    if not tied:
-        yield head, tensors[head][:, hidden]
+class _Fold:
+    """Every weight of the pruned model, cut and multiplied by its gates."""
 
+    def __init__(
+        self, family: Family, source: Shape, tensors: Mapping[str, Tensor], gates: ExpandedGates, indices: _Indices
+    ) -> None:
+        self._family, self._source, self._tensors = family, source, tensors
+        self._gates, self._indices = gates, indices
+        self._hidden = indices.hidden
+        self._hidden_gates = None if gates.hidden_D is None else gates.hidden_D[self._hidden]
 
-def _fold_layer(
-    family: Family,
-    tensors: Mapping[str, Tensor],
-    gates: ExpandedGates,
-    indices: _Indices,
-    numbers: tuple[int, int],
-) -> Iterator[tuple[str, Tensor]]:
-    layer, new = numbers
-    hidden, intermediate = indices.hidden, indices.intermediate(layer)
-    queries, key_values = indices.queries(layer), indices.key_values(layer)
+    def weights(self, tied: bool) -> Iterator[tuple[str, Tensor]]:
+        """The weights one after another, by their new names."""
+        family, hidden, gates = self._family, self._hidden, self._hidden_gates
+        embedding = self._tensors[f"{family.embedding}.weight"][:, hidden]
+        scale = self._scale_change(embedding.dtype)
+        if scale is not None:
+            gates = scale.expand(len(hidden)) if gates is None else gates * scale
+        yield f"{family.embedding}.weight", gated_vector(embedding, gates)
+        if family.positions is not None:
+            positions = self._tensors[f"{family.positions}.weight"][:, hidden]
+            yield f"{family.positions}.weight", gated_vector(positions, self._hidden_gates)
+        for new, layer in enumerate(self._indices.layers):
+            for name, tensor in self._layer(layer).items():
+                yield family.layer_module(new, name), tensor
+        # Logits are E (w z n) of the normed stream n. Where the head is the embedding table, that table carries the z
+        # already, and a final norm that carried it too would apply it twice; but it must undo the table's new scale.
+        gates = self._hidden_gates
+        if tied:
+            gates = None if scale is None else (1 / scale).expand(len(hidden))
+        yield from self._norm(family.final_norm, family.final_norm, gates).items()
+        if not tied:
+            yield f"{family.lm_head}.weight", self._tensors[f"{family.lm_head}.weight"][:, hidden]
 
-    def read(name: str) -> Tensor | None:
-        full = family.layer_module(layer, name)
-        return tensors.get(full)
+    def _scale_change(self, dtype: torch.dtype) -> Tensor | None:
+        """What a scaled embedding must be multiplied by, since the model scales it by the root of its new size."""
+        before, after = self._source.hidden_size, len(self._hidden)
+        if not self._family.scaled_embedding or before == after:
+            return None
+        # the model rounds its scale to the type of its weights
+        old, new = (torch.tensor(size**0.5).to(dtype).float() for size in (before, after))
+        return old / new
 
-    def gate(gates_LX: Tensor | None, kept: Tensor) -> Tensor | None:
-        return None if gates_LX is None else gates_LX[layer][kept]
+    def _norm(self, full_name: str, new_name: str, gates: Tensor | None, kept: Tensor | None = None) -> Tensors:
+        """Weight and, where there is one, bias of a norm; `kept` defaults to the hidden dimensions."""
+        kept = self._hidden if kept is None else kept
+        folded = {f"{new_name}.weight": self._tensors[f"{full_name}.weight"][kept]}
+        folded[f"{new_name}.weight"] = gated_norm_weight(self._family.norm, folded[f"{new_name}.weight"], gates)
+        if self._family.norm == "layer":
+            folded[f"{new_name}.bias"] = gated_vector(self._tensors[f"{full_name}.bias"][kept], gates)
+        return folded
 
-    hidden_gates = None if gates.hidden_D is None else gates.hidden_D[hidden]
-    folded: dict[str, Tensor | None] = {}
-    for norm in (family.attention_norm, family.mlp_norm):
-        folded[f"{norm}.weight"] = gated_vector(
-            tensors[family.layer_module(layer, f"{norm}.weight")][hidden], hidden_gates
+    def _linear(self, layer: int, name: str) -> tuple[Tensor, Tensor | None]:
+        full = self._family.layer_module(layer, name)
+        return self._tensors[f"{full}.weight"], self._tensors.get(f"{full}.bias")
+
+    def _layer(self, layer: int) -> Tensors:
+        """Weights of one source layer, by their names in the layer."""
+        family, gates, hidden = self._family, self._gates, self._hidden
+        folded = self._layer_norms(layer)
+        for name, rows in _reader_rows(family, self._source, self._indices, layer).items():
+            weight, bias = self._linear(layer, name)
+            folded[f"{name}.weight"] = weight[rows][:, hidden]
+            if bias is not None:
+                folded[f"{name}.bias"] = bias[rows]
+        heads = _head_rows(self._indices.heads(layer), self._source.head_size)
+        writers = (
+            (family.output, family.attention_post_norm, gates.attention_LD, heads, gates.head_LI),
+            (family.down, family.mlp_post_norm, gates.mlp_LD, self._indices.intermediate(layer), gates.intermediate_LF),
         )
-    for norm in family.head_norms:
-        folded[f"{norm}.weight"] = read(f"{norm}.weight")
-    readers = {family.query: queries, family.key: key_values, family.value: key_values}
-    readers |= {family.gate: intermediate, family.up: intermediate}
-    for name, rows in readers.items():
-        weight, bias = tensors[family.layer_module(layer, f"{name}.weight")], read(f"{name}.bias")
-        folded[f"{name}.weight"] = weight[rows][:, hidden]
-        folded[f"{name}.bias"] = None if bias is None else bias[rows]
-    out = gate(gates.out_LD, hidden)
-    writers = ((family.output, queries, gates.head_LI), (family.down, intermediate, gates.intermediate_LF))
-    for name, columns, inner in writers:
-        weight, bias = tensors[family.layer_module(layer, f"{name}.weight")], read(f"{name}.bias")
-        folded[f"{name}.weight"] = gated_weight(weight[hidden][:, columns], out, gate(inner, columns))
-        folded[f"{name}.bias"] = None if bias is None else gated_vector(bias[hidden], out)
-    for name, tensor in folded.items():
-        if tensor is not None:
-            yield family.layer_module(new, name), tensor
+        for name, norm, out_LD, columns, inner_LX in writers:
+            out = self._hidden_gates if norm is not None else _row(out_LD, layer, hidden)
+            weight, bias = self._linear(layer, name)
+            inner = _row(inner_LX, layer, columns)
+            folded[f"{name}.weight"] = gated_weight(weight[hidden][:, columns], out, inner)
+            if bias is not None:
+                folded[f"{name}.bias"] = gated_vector(bias[hidden], out)
+        return folded
+
+    def _layer_norms(self, layer: int) -> Tensors:
+        family, gates, size = self._family, self._gates, self._source.head_size
+        posts = ((family.attention_post_norm, gates.attention_LD), (family.mlp_post_norm, gates.mlp_LD))
+        places: list[tuple[str, Tensor | None, Tensor]] = [
+            (name, self._hidden_gates, self._hidden) for name in family.pre_norms
+        ]
+        places += [
+            (name, _row(out_LD, layer, self._hidden), self._hidden) for name, out_LD in posts if name is not None
+        ]
+        for name, heads in zip(
+            family.head_norms, (self._indices.heads(layer), self._indices.key_value_heads(layer)), strict=False
+        ):
+            whole = family.head_norm_span == "head"
+            places.append((name, None, torch.arange(size) if whole else _head_rows(heads, size)))
+        folded: Tensors = {}
+        for name, norm_gates, kept in places:
+            folded |= self._norm(family.layer_module(layer, name), name, norm_gates, kept)
+        return folded
 
 
-def expected_names(config: Any, family: Family) -> set[str]:
-    """Names of all weights of a model of this config, without the LM head where it is the embedding table."""
-    biased = {
-        family.query: family.qkv_bias,
-        family.key: family.qkv_bias,
-        family.value: family.qkv_bias,
-        family.output: family.output_bias,
-        family.gate: family.mlp_bias,
-        family.up: family.mlp_bias,
-        family.down: family.mlp_bias,
-    }
-    inside = {f"{name}.weight" for name in (family.attention_norm, family.mlp_norm, *family.head_norms, *biased)}
-    inside |= {f"{name}.bias" for name, trait in biased.items() if has_bias(family, config, trait)}
-    names = {f"{family.embedding}.weight", f"{family.final_norm}.weight"}
-    if not is_tied(config):
-        names.add(f"{family.lm_head}.weight")
-    return names | {family.layer_module(layer, name) for layer in range(shape_of(config).num_layers) for name in inside}
+def _row(gates_LX: Tensor | None, layer: int, kept: Tensor) -> Tensor | None:
+    return None if gates_LX is None else gates_LX[layer][kept]
 
 
 def _check_names(config: Any, family: Family, source: Shape, tensors: Mapping[str, Tensor]) -> None:
-    expected, found = expected_names(config, family), set(tensors)
+    expected, found = set(parameter_sizes(config)), set(tensors)
     missing = sorted(expected - found)
-    spare = {name for name in found - expected if not name.endswith(IGNORED_BUFFERS)}
+    spare = {name for name in found - expected if not name.endswith(family.ignored_buffers)}
     spare -= {f"{family.lm_head}.weight"}
     if missing or spare:
         raise ValueError(

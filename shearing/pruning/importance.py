@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shearing.models.family import Family
+from shearing.models.families import Family
 from shearing.models.shape import Shape
 from shearing.pruning.gates import largest_gates
 from shearing.pruning.masks import attach_gates
@@ -128,8 +128,8 @@ class _Recorder:
         self.tokens = self.length = 0  # of all text so far, and of each sequence of this batch
 
     def norms(self, shape: Shape) -> list[str]:
-        """Names of the norms that read the residual stream."""
-        inside = (self.family.attention_norm, self.family.mlp_norm)
+        """Names of the norms that read the residual stream; where layers have none, of those that write to it."""
+        inside = self.family.pre_norms or self.family.post_norms
         layers = [self.family.layer_module(layer, name) for layer in range(shape.num_layers) for name in inside]
         return [*layers, self.family.final_norm]
 

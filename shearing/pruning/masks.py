@@ -3,12 +3,16 @@
 Shape suffixes: L layers, D hidden, H query heads, K key/value heads, P head dimension, F intermediate, N tokens of a
 batch; O and I are the output and input size of a linear layer.
 
-Gates act in four kinds of places. The embedding's output is multiplied by the hidden gates. A norm's weight is
-multiplied by them, and its statistics are over the dimensions that are not closed. The attention's output projection
-and the MLP's down projection use `W[o, i] * out[o] * in[i]` for W, where `out` is layer gate times hidden gates and
-`in` is the head gates, once a head dimension, or the intermediate gates. That product costs O(O I) where a
-multiplication of activations costs O(N (O + I)) and keeps them for the backward pass; it is formed in the gates' own
-float32, rounded once to the weight's type, never kept, and formed again in the backward pass.
+Gates act in four kinds of places. The output of the embedding, and of learned positions, is multiplied by the hidden
+gates. A norm's weight is multiplied by them, and its statistics are over the dimensions that are not closed. The
+attention's output projection and the MLP's down projection use `W[o, i] * out[o] * in[i]` for W, where `out` is layer
+gate times hidden gates and `in` is the head gates, once a head dimension, or the intermediate gates. That product costs
+O(O I) where a multiplication of activations costs O(N (O + I)) and keeps them for the backward pass; it is formed in
+the gates' own float32, rounded once to the weight's type, never kept, and formed again in the backward pass.
+
+A norm between such a projection and the residual stream would cancel the layer gate. There the norm's weight carries
+`out`, and the projection the hidden gates alone, so that closed dimensions are zero in the norm's statistics. A norm
+over all queries or keys takes its statistics over the heads that are not closed.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +24,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from shearing.models.family import Family, shape_of
+from shearing.models.families import Family
+from shearing.models.family import shape_of
+from shearing.models.recognition import check_model
 from shearing.models.shape import Shape
+from shearing.pruning.gated_norms import GATED_NORMS, Kept, gated_head_norm, gated_vector
 
 
 @dataclass(frozen=True)
@@ -30,14 +37,18 @@ class ExpandedGates:
 
     Attributes:
         hidden_D: For embedding and norms.
-        out_LD: Layer gate times hidden gates, for outputs of attention and MLP.
+        attention_LD: Layer gate times hidden gates, for outputs of attention.
+        mlp_LD: The same for outputs of the MLP; one and the same tensor where no gate tells the two apart.
         head_LI: For inputs of the output projection; I is H times P.
+        key_LK: Of key/value heads; they multiply nothing, but tell which heads a norm over all keys is of.
         intermediate_LF: For inputs of the down projection.
     """
 
     hidden_D: Tensor | None
-    out_LD: Tensor | None
+    attention_LD: Tensor | None
+    mlp_LD: Tensor | None
     head_LI: Tensor | None
+    key_LK: Tensor | None
     intermediate_LF: Tensor | None
 
 
@@ -48,28 +59,39 @@ def expand_gates(z: Mapping[str, Tensor], shape: Shape) -> ExpandedGates:
         ValueError: A group that is none, or a shape that is not that group's.
     """
     _check_gates(z, shape)
-    layers, hidden, ratio = shape.num_layers, z.get("hidden"), shape.num_heads // shape.num_kv_heads
-    out_LD = None
-    if "layer" in z:
-        out_LD = z["layer"][:, None].expand(layers, shape.hidden_size)
-    if hidden is not None:
-        out_LD = hidden.expand(layers, -1) if out_LD is None else out_LD * hidden
-    head_LI = None
+    multi_head = shape.num_heads == shape.num_kv_heads
+    attention_LD = mlp_LD = _out(z, shape, ("layer",))
+    if "attention_layer" in z or "mlp_layer" in z:
+        attention_LD, mlp_LD = (_out(z, shape, ("layer", name)) for name in ("attention_layer", "mlp_layer"))
+    head_LH = None
     if "kv_head" in z:
-        head_LI = z["kv_head"].repeat_interleave(ratio, dim=1)
+        head_LH = z["kv_head"].repeat_interleave(shape.num_heads // shape.num_kv_heads, dim=1)
     if "head" in z:
         # With grouped queries one row of gates serves the queries of every group.
-        head_LH = z["head"] if shape.num_heads == shape.num_kv_heads else z["head"].repeat(1, shape.num_kv_heads)
-        head_LI = head_LH if head_LI is None else head_LI * head_LH
-    if head_LI is not None:
-        head_LI = head_LI.repeat_interleave(shape.head_size, dim=1)
-    return ExpandedGates(hidden, out_LD, head_LI, z.get("intermediate"))
+        shared_LH = z["head"] if multi_head else z["head"].repeat(1, shape.num_kv_heads)
+        head_LH = shared_LH if head_LH is None else head_LH * shared_LH
+    head_LI = None if head_LH is None else head_LH.repeat_interleave(shape.head_size, dim=1)
+    key_LK = z.get("head" if multi_head else "kv_head")
+    return ExpandedGates(z.get("hidden"), attention_LD, mlp_LD, head_LI, key_LK, z.get("intermediate"))
+
+
+def _out(z: Mapping[str, Tensor], shape: Shape, groups: tuple[str, ...]) -> Tensor | None:
+    layer_L = None
+    for name in groups:
+        if name in z:
+            layer_L = z[name] if layer_L is None else layer_L * z[name]
+    if layer_L is None:
+        return z["hidden"].expand(shape.num_layers, -1) if "hidden" in z else None
+    layer_LD = layer_L[:, None].expand(-1, shape.hidden_size)
+    return layer_LD * z["hidden"] if "hidden" in z else layer_LD
 
 
 def _check_gates(z: Mapping[str, Tensor], shape: Shape) -> None:
     ratio = shape.num_heads // shape.num_kv_heads
     expected = {
         "layer": (shape.num_layers,),
+        "attention_layer": (shape.num_layers,),
+        "mlp_layer": (shape.num_layers,),
         "hidden": (shape.hidden_size,),
         "head": (shape.num_layers, shape.num_heads if ratio == 1 else ratio),
         "kv_head": (shape.num_layers, shape.num_kv_heads),
@@ -91,11 +113,6 @@ def gated_weight(weight_OI: Tensor, out_O: Tensor | None, in_I: Tensor | None) -
     if out_O is not None:
         product_OI = product_OI * out_O[:, None] if product_OI is weight_OI else product_OI.mul_(out_O[:, None])
     return product_OI.to(weight_OI.dtype)
-
-
-def gated_vector(vector: Tensor, gates: Tensor | None) -> Tensor:
-    """A bias or norm weight times its gates, rounded once to its own type."""
-    return vector if gates is None else (vector * gates).to(vector.dtype)
 
 
 class GatedLinear(torch.autograd.Function):
@@ -159,18 +176,8 @@ def _gated_linear_forward(module: nn.Module, out_O: Tensor | None, in_I: Tensor 
     return GatedLinear.apply(x, module.weight, module.bias, out_O, in_I)
 
 
-def _gated_rms_norm_forward(module: nn.Module, epsilon: float, hidden_D: Tensor, kept: int, x: Tensor) -> Tensor:
-    # Closed dimensions are zero in the residual stream, so the sum over all is the sum over the kept ones.
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    variance = wide.pow(2).sum(-1, keepdim=True) / kept
-    normed = (wide * torch.rsqrt(variance + epsilon)).to(x.dtype)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return gated_vector(weight, hidden_D) * normed
-
-
-def _gated_embedding_forward(forward: Callable[[Tensor], Tensor], hidden_D: Tensor, ids: Tensor) -> Tensor:
-    return gated_vector(forward(ids), hidden_D)
+def _gated_embedding_forward(forward: Callable[..., Tensor], hidden_D: Tensor, *args: Any, **options: Any) -> Tensor:
+    return gated_vector(forward(*args, **options), hidden_D)
 
 
 class GateSlots:
@@ -187,8 +194,6 @@ class GateSlots:
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
-        if family.norm != "rms":
-            raise NotImplementedError(f"gates on {family.norm!r} norms (family {family.model_type}) are not built yet")
         self._model, self._family = model, family
         self.shape: Shape = shape_of(model.config)
         self._replaced: list[nn.Module] = []
@@ -222,30 +227,59 @@ class GateSlots:
         return dict(zip(names, found, strict=True))
 
     def _install(self, gates: ExpandedGates) -> None:
-        family, shape = self._family, self.shape
-        if gates.hidden_D is not None:
-            self._install_hidden(gates.hidden_D)
-        out = self._rows(gates.out_LD)
-        head, intermediate = self._rows(gates.head_LI), self._rows(gates.intermediate_LF)
-        for layer in range(shape.num_layers):
-            for name, inner in ((family.output, head), (family.down, intermediate)):
-                module = self._model.get_submodule(family.layer_module(layer, name))
-                if out[layer] is not None or inner[layer] is not None:
-                    self._replace(module, partial(_gated_linear_forward, module, out[layer], inner[layer]))
-
-    def _install_hidden(self, hidden_D: Tensor) -> None:
         family = self._family
-        leaf = self._leaf(hidden_D)
-        embedding = self._model.get_submodule(family.embedding)
-        self._replace(embedding, partial(_gated_embedding_forward, embedding.forward, leaf))
-        kept = max(1, int(torch.count_nonzero(hidden_D.detach())))
-        norms = [family.final_norm]
+        hidden, kept = self._install_hidden(gates.hidden_D)
+        attention = self._rows(gates.attention_LD)
+        mlp = attention if gates.mlp_LD is gates.attention_LD else self._rows(gates.mlp_LD)
+        branches = (
+            (family.output, family.attention_post_norm, attention, self._rows(gates.head_LI)),
+            (family.down, family.mlp_post_norm, mlp, self._rows(gates.intermediate_LF)),
+        )
         for layer in range(self.shape.num_layers):
-            norms += [family.layer_module(layer, family.attention_norm), family.layer_module(layer, family.mlp_norm)]
-        for name in norms:
-            norm = self._model.get_submodule(name)
-            epsilon = getattr(norm, family.norm_epsilon)
-            self._replace(norm, partial(_gated_rms_norm_forward, norm, epsilon, leaf, kept))
+            for name, norm, out, inner in branches:
+                before_norm = out[layer] if norm is None else hidden
+                if before_norm is not None or inner[layer] is not None:
+                    module = self._model.get_submodule(family.layer_module(layer, name))
+                    self._replace(module, partial(_gated_linear_forward, module, before_norm, inner[layer]))
+                if norm is not None and out[layer] is not None:
+                    self._gate_norm(family.layer_module(layer, norm), out[layer], kept)
+        if family.head_norm_span == "all":
+            key_LK = gates.key_LK
+            key_LI = None if key_LK is None else key_LK.repeat_interleave(self.shape.head_size, dim=1)
+            for norm, gates_LI in zip(family.head_norms, (gates.head_LI, key_LI), strict=True):
+                self._install_head_norms(norm, gates_LI)
+
+    def _install_hidden(self, hidden_D: Tensor | None) -> tuple[Tensor | None, Kept]:
+        if hidden_D is None:
+            return None, Kept(self.shape.hidden_size, None)
+        family = self._family
+        leaf, open_D = self._leaf(hidden_D), hidden_D.detach() != 0
+        kept = Kept(max(1, int(open_D.sum())), open_D)
+        for name in (family.embedding, family.positions):
+            if name is not None:
+                module = self._model.get_submodule(name)
+                self._replace(module, partial(_gated_embedding_forward, module.forward, leaf))
+        self._gate_norm(family.final_norm, leaf, kept)
+        for layer in range(self.shape.num_layers):
+            for name in family.pre_norms:
+                self._gate_norm(family.layer_module(layer, name), leaf, kept)
+        return leaf, kept
+
+    def _gate_norm(self, name: str, gates_D: Tensor | None, kept: Kept) -> None:
+        norm = self._model.get_submodule(name)
+        epsilon = getattr(norm, self._family.norm_epsilon)
+        self._replace(norm, partial(GATED_NORMS[self._family.norm], norm, epsilon, gates_D, kept))
+
+    def _install_head_norms(self, name: str, gates_LI: Tensor | None) -> None:
+        if gates_LI is None:
+            return
+        open_LI = gates_LI.detach() != 0
+        for layer, count in enumerate(open_LI.sum(-1).tolist()):
+            if count < open_LI.shape[1]:
+                norm = self._model.get_submodule(self._family.layer_module(layer, name))
+                epsilon = getattr(norm, self._family.norm_epsilon)
+                kept = Kept(max(1, count), open_LI[layer])
+                self._replace(norm, partial(gated_head_norm, self._family.norm, norm, epsilon, kept))
 
     def _rows(self, gates_LX: Tensor | None) -> list[Tensor | None]:
         if gates_LX is None:
@@ -272,6 +306,7 @@ def attach_gates(model: nn.Module, family: Family) -> GateSlots:
     """Finds where gates act in a Hugging Face causal language model of a registered family; changes nothing yet.
 
     Raises:
-        NotImplementedError: The family's norm is of a kind whose gated form is not written yet.
+        UserError: The model's modules or weights are not those of its family.
     """
+    check_model(model, family)
     return GateSlots(model, family)

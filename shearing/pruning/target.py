@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
-from shearing.models.family import Family
+from shearing.models.families import Family
+from shearing.models.family import head_size_is_quotient
 from shearing.models.shape import Shape, TargetShape
 from shearing.pruning.config import PruningConfig
 
@@ -93,7 +95,9 @@ def layer_numbers(layers: Iterable[int], num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({layer % num_layers for layer in layers}))
 
 
-def check_pruning(family: Family, source: Shape, config: PruningConfig, path: str = "pruning") -> list[str]:
+def check_pruning(
+    family: Family, source: Shape, config: PruningConfig, path: str = "pruning", *, source_config: Any = None
+) -> list[str]:
     """What is wrong with a recipe's pruning section for a source model, one complete message a problem.
 
     Args:
@@ -101,8 +105,9 @@ def check_pruning(family: Family, source: Shape, config: PruningConfig, path: st
         source: Its shape.
         config: The section.
         path: Where it stands in the recipe, for the messages.
+        source_config: Of the source model; without it nothing is known of its rotary embedding.
     """
-    problems = check_target(family, source, config.target, config.gates.groups, path)
+    problems = check_target(family, source, config.target, config.gates.groups, path, config=source_config)
     stay = target_shape(source, config.target).num_layers
     return problems + _layer_list_problems(source.num_layers, stay, config, path)
 
@@ -136,7 +141,13 @@ def _layer_list_problems(size: int, stay: int, config: PruningConfig, path: str)
 
 
 def check_target(
-    family: Family, source: Shape, target: TargetShape, groups: Iterable[str] | None = None, path: str = "pruning"
+    family: Family,
+    source: Shape,
+    target: TargetShape,
+    groups: Iterable[str] | None = None,
+    path: str = "pruning",
+    *,
+    config: Any = None,
 ) -> list[str]:
     """What is wrong with a target, one complete message a problem; an empty list if nothing is.
 
@@ -146,6 +157,7 @@ def check_target(
         target: What the recipe asks for.
         groups: Gate groups that the recipe names; None where it leaves them to the target.
         path: Where the target stands in the recipe, for the messages.
+        config: Of the source model; without it nothing is known of its rotary embedding.
     """
     shape = target_shape(source, target)
     problems = [
@@ -156,14 +168,8 @@ def check_target(
     ]
     if not problems:
         problems += _head_problems(source, target, shape, path)
-    if family.hidden_multiple_of_heads and not problems and shape.hidden_size % shape.num_heads:
-        below = shape.hidden_size // shape.num_heads * shape.num_heads
-        allowed = [size for size in (below, below + shape.num_heads) if 0 < size <= source.hidden_size]
-        problems.append(
-            f"{path}.target.hidden_size = {shape.hidden_size} is not a multiple of num_heads = {shape.num_heads}, "
-            f"which Hugging Face's {family.architecture} needs; allowed nearby: {_listed(allowed)}. "
-            f"Set {path}.target.hidden_size={allowed[0] if allowed else shape.num_heads}."
-        )
+    if not problems:
+        problems += _hidden_problems(family, source, shape, path, quotient=head_size_is_quotient(family, config or {}))
     if problems:
         return problems
     if shape == source:
@@ -172,6 +178,28 @@ def check_target(
             f"Set at least one of {path}.target.{{{', '.join(TargetShape.model_fields)}}} below the source's."
         ]
     return [] if groups is None else _group_problems(source, shape, list(groups), path)
+
+
+def _hidden_problems(family: Family, source: Shape, shape: Shape, path: str, *, quotient: bool) -> list[str]:
+    hidden, heads = shape.hidden_size, shape.num_heads
+    needed = heads * source.head_size
+    if quotient and hidden != needed:
+        fitting = hidden // source.head_size
+        other = f" with {heads} heads" if hidden % source.head_size else f", or num_heads = {fitting} with this size"
+        return [
+            f"{path}.target.hidden_size = {hidden} is not num_heads x head size = {heads} x {source.head_size}, and "
+            f"Hugging Face's {family.architecture} takes the quotient for the head size, which pruning keeps; allowed: "
+            f"{needed}{other}. Set {path}.target.hidden_size={needed}."
+        ]
+    if family.hidden_multiple_of_heads and hidden % heads:
+        below = hidden // heads * heads
+        allowed = [size for size in (below, below + heads) if 0 < size <= source.hidden_size]
+        return [
+            f"{path}.target.hidden_size = {hidden} is not a multiple of num_heads = {heads}, "
+            f"which Hugging Face's {family.architecture} needs; allowed nearby: {_listed(allowed)}. "
+            f"Set {path}.target.hidden_size={allowed[0] if allowed else heads}."
+        ]
+    return []
 
 
 def _head_problems(source: Shape, target: TargetShape, shape: Shape, path: str) -> list[str]:

@@ -92,6 +92,11 @@ def test_more_than_one_estimate_error_is_needed_to_refuse(problems):
     [
         (lambda folder: write_model(folder, tokens=330), "ids up to 329, but its embedding holds 320 rows"),
         (lambda folder: write_model(folder, model_type="bloom"), "bloom"),
+        (lambda folder: write_model(folder, model_type="opt", do_layer_norm_before=False), "a variant of opt"),
+        (
+            lambda folder: write_model(folder, model_type="phi3", hidden_size=80, rope_scaling={"short_factor": []}),
+            "takes the quotient for the head size",
+        ),
         (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "not readable as JSON"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "neither tokenizer.json nor tokenizer.model"),

@@ -6,7 +6,7 @@ from tiny_models import GROUPED, MULTI_HEAD, TOKENS, tiny_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from shearing.models.family import FAMILIES
+from shearing.models.families import FAMILIES
 from shearing.pruning.importance import (
     activation_scores,
     choose_units,

@@ -1,6 +1,6 @@
 import pytest
 
-from shearing.models.family import FAMILIES
+from shearing.models.families import FAMILIES
 from shearing.models.shape import Shape, TargetShape
 from shearing.pruning.config import PruningConfig
 from shearing.pruning.target import check_pruning, check_target, gate_groups, pruning_groups, target_shape
@@ -81,6 +81,30 @@ class TestProblems:
         assert "hidden_size = 2048 is not a multiple of num_heads = 20" in found
         assert "Set pruning.target.hidden_size=2040." in found
         assert problems(family="qwen2", hidden_size=2048, num_heads=20) == []
+
+    def test_head_size_that_the_model_computes_from_the_hidden_size(self):
+        """Catches a model whose rotary embedding or attention scale would change with its width."""
+        source = LLAMA_7B.model_copy(update={"num_layers": 6, "hidden_size": 512, "num_heads": 8, "num_kv_heads": 8})
+        pythia = source.model_copy(update={"head_size": 64, "intermediate_size": 2048})
+        (found,) = problems(pythia, family="gpt_neox", hidden_size=384)
+        assert found == (
+            "pruning.target.hidden_size = 384 is not num_heads x head size = 8 x 64, and Hugging Face's "
+            "GPTNeoXForCausalLM takes the quotient for the head size, which pruning keeps; allowed: 512, or "
+            "num_heads = 6 with this size. Set pruning.target.hidden_size=512."
+        )
+        (found,) = problems(pythia, family="opt", hidden_size=400, num_heads=6)
+        assert "allowed: 384 with 6 heads. Set pruning.target.hidden_size=384." in found
+        assert problems(pythia, family="gpt_neox", hidden_size=384, num_heads=6) == []
+        assert problems(pythia, family="gpt_neox", num_layers=4, intermediate_size=1024) == []
+
+    def test_rope_factors_that_the_config_class_counts_by_that_quotient(self):
+        """Catches a Phi-3 with long context that is refused when the result is loaded, after all the training."""
+        target = TargetShape(hidden_size=2048)
+        for key in ("rope_parameters", "rope_scaling"):
+            config = {"model_type": "phi3", key: {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}
+            (found,) = check_target(FAMILIES["phi3"], LLAMA_7B, target, config=config)
+            assert "is not num_heads x head size = 32 x 128" in found
+        assert check_target(FAMILIES["phi3"], LLAMA_7B, target, config={"model_type": "phi3"}) == []
 
     def test_nothing_to_prune(self):
         (found,) = problems(hidden_size=4096)

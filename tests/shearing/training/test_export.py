@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from phase_runs import SHAPE, TARGET, largest_difference, run_phase
+from phase_runs import SHAPE, TARGET, VOCABULARY, largest_difference, run_phase
+from tiny_models import SQUARE, tiny_config
 from transformers import AutoModelForCausalLM
 
 from shearing.evaluation.held_out import held_out_sequences
 from shearing.evaluation.losses import domain_loss_sums, mean_losses
 from shearing.models.family import shape_of
-from shearing.models.loading import load_model, read_config
+from shearing.models.loading import load_model, model_tensors, new_model, read_config, write_model_directory
 from shearing.storage import open_store
 from shearing.training.checkpoint import CheckpointReader
 from shearing.training.export import (
@@ -133,6 +134,29 @@ class TestExtractModel:
         assert len(kept["hidden"]) == TARGET["hidden_size"]
         assert [len(row) for row in kept["intermediate"]] == [TARGET["intermediate_size"]] * SHAPE.num_layers
         assert outputs["source_shape"] == SHAPE.model_dump()
+
+
+FAMILY_TARGET = {"num_layers": 2, "hidden_size": 24, "num_heads": 3, "intermediate_size": 13}
+
+
+@pytest.mark.parametrize(
+    ("variant", "tied"), [("gemma3_text", True), ("olmo2", False), ("gpt_neox", False), ("opt", True)]
+)
+def test_every_kind_of_norm_and_projection_under_zero_3(variant, tied, tiny_run, two_processes, tmp_path):
+    """Catches gated modules that need weights which lie on another worker, and names that only llama has."""
+    config = tiny_config(variant, SQUARE, tied) | {"vocab_size": VOCABULARY}
+    write_model_directory(tmp_path / "model", config, model_tensors(new_model(config, seed=5)))
+    training = {"steps": 2, "evaluate_every_steps": 2, "target": FAMILY_TARGET}
+    phase = tiny_run.phase(pruning=True, stage=3, model=str(tmp_path / "model"), training=training)
+    checkpoint = str(tmp_path / "checkpoint")
+    run = two_processes.run(run_phase, phase, save_after=2, folder=checkpoint)[0]
+    export = export_config({variant: (phase, run, checkpoint)}, variant, tmp_path / "pruned")
+    outputs = extract_model(export)
+    assert outputs["proof"]["learned"]["domains"] == pytest.approx(run.of_kind("evaluation")[-1]["losses"], abs=1e-5)
+    sequences = held_out_sequences(open_store(export.corpus), 5)
+    reloaded = mean_losses(domain_loss_sums(load_model(export.destination), sequences, 2, "cpu"))
+    verdict = agreement(outputs["proof"] | {"reloaded": with_mean(reloaded)}, "float32")
+    assert verdict["largest_difference"] < 1e-5
 
 
 class TestCheckpointTensors:
