@@ -28,8 +28,9 @@ from shearing.errors import UserError
 from shearing.storage import Store, open_store
 from shearing.training.checkpoint import CheckpointReader
 from shearing.training.engine import prepare_deepspeed
-from shearing.training.loop import Report, Trainer, TrainingDivergedError, event_report, training_reports
+from shearing.training.loop import Report, Trainer, event_report, training_reports
 from shearing.training.phase import PhaseConfig, Place, build_trainer, restore, save
+from shearing.training.watchdog import TrainingDivergedError
 
 KEPT_CHECKPOINTS = 2
 POLL_S = 1.0
@@ -260,6 +261,6 @@ def _actor(cls: type, name: str) -> Any:
 
 def _feed_plan(phase: PhaseConfig) -> FeedPlan:
     manifest = load_manifest(open_store(phase.corpus))
-    sequences = phase.training.steps * phase.training.global_batch_tokens // manifest.sequence_tokens
+    sequences = phase.training.most_steps * phase.training.global_batch_tokens // manifest.sequence_tokens
     domains = list(phase.proportions)
     return FeedPlan(phase.corpus, phase.split, phase.seed, dict.fromkeys(domains, 0), dict.fromkeys(domains, sequences))

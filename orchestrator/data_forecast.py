@@ -54,11 +54,10 @@ class DomainUse:
 
 
 def phases_of(recipe: Recipe) -> list[Phase]:
-    """The training phases that a recipe asks for, in order."""
-    phases = [
-        Phase("pruning", "pruning", "prune", recipe.pruning),
-        Phase("recovery", "recovery", "train", recipe.recovery),
-    ]
+    """The training phases that a recipe asks for, in order; units that are not learned need none."""
+    phases = [Phase("recovery", "recovery", "train", recipe.recovery)]
+    if recipe.pruning.method == "learned":
+        phases.insert(0, Phase("pruning", "pruning", "prune", recipe.pruning))
     if recipe.source.train is not None:
         phases.insert(0, Phase("source", "source.train", "train", recipe.source.train))
     if recipe.scratch is not None:
@@ -125,11 +124,14 @@ def estimated_supply(recipe: Recipe, text_bytes: dict[str, float], vocabulary: i
 
 
 def data_use(recipe: Recipe, supply: Supply) -> list[DomainUse]:
-    """What every phase draws from every domain at the proportions it starts with (an adaptive mixture moves them)."""
+    """What every phase draws from every domain at the proportions it starts with (an adaptive mixture moves them).
+
+    Extra steps of mask learning count: whether they are needed is known at its end.
+    """
     uses = []
     shares = _first_proportions(recipe)
     for phase in phases_of(recipe):
-        drawn = phase.training.steps * phase.training.global_batch_tokens / recipe.corpus.sequence_tokens
+        drawn = phase.training.most_steps * phase.training.global_batch_tokens / recipe.corpus.sequence_tokens
         for name, share in shares.items():
             if name in supply.sequences:
                 uses.append(DomainUse(phase, name, drawn * share, supply.sequences[name].get(phase.split, 0.0)))

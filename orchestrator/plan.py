@@ -17,7 +17,7 @@ from orchestrator.workspace import Mark, Workspace, open_workspace, workspace_ur
 from shearing.models.family import vocabulary_of
 from shearing.models.parameters import count_parameters, prunable_parameters
 from shearing.models.shape import Shape
-from shearing.pruning.target import gate_groups
+from shearing.pruning.target import GroupSpec, pruning_groups
 from shearing.training.config import EngineConfig
 
 
@@ -47,6 +47,7 @@ class PhasePlan:
 
     name: str
     steps: int
+    most_steps: int
     tokens: int
     batch_sequences: int
     accumulation_steps: float
@@ -63,6 +64,7 @@ class Plan:
     engine: EngineConfig
     mixture: str
     distillation: str
+    method: str
     stages: list[StagePlan]
     models: list[ModelPlan]
     gates: dict[str, str]
@@ -89,6 +91,7 @@ def plan(recipe: Recipe) -> Plan:
         engine=recipe.engine,
         mixture=mixture_in_words(recipe.mixture),
         distillation=distillation_in_words(recipe.recovery.distillation),
+        method=_method(recipe),
         stages=[StagePlan(stage.name, stage.title, _state(marks.get(stage.name))) for stage in stages_of(recipe)],
         models=_models(recipe, facts),
         gates=_gates(recipe, facts),
@@ -97,6 +100,21 @@ def plan(recipe: Recipe) -> Plan:
         use=data_use(recipe, supply),
         problems=problems,
     )
+
+
+def _method(recipe: Recipe) -> str:
+    """How units are chosen, in words."""
+    pruning, sequences = recipe.pruning, recipe.pruning.calibration.sequences
+    tolerance, text = pruning.gates.tolerance, f"{sequences:,} sequences of calibration text"
+    words = {
+        "learned": f"learned by gates; every group and layer to within {tolerance:g} of its target sparsity",
+        "magnitude": "the largest weights",
+        "activation": f"the largest activations, and the layers whose absence costs most, on {text}",
+        "block_influence": f"the largest activations, and the layers that change their input most, on {text}",
+        "random": f"at random, seed {recipe.seed}",
+    }[pruning.method]
+    unused = "" if pruning.method == "learned" else "; no mask learning, so pruning.steps and the like are not used"
+    return f"pruning.method = {pruning.method}: {words}{unused}"
 
 
 def _state(mark: Mark | None) -> str:
@@ -125,12 +143,16 @@ def _models(recipe: Recipe, facts: SourceFacts) -> list[ModelPlan]:
 def _gates(recipe: Recipe, facts: SourceFacts) -> dict[str, str]:
     if facts.shape is None or facts.target is None:
         return {}
-    groups = gate_groups(facts.shape, facts.target, recipe.pruning.gates.groups)
     return {
         name: f"{spec.size:,} -> {spec.target:,}{f' in each of {spec.rows} layers' if spec.rows else ''}"
-        f" (sparsity {spec.target_sparsity:.4f})"
-        for name, spec in groups.items()
+        f" (sparsity {spec.target_sparsity:.4f}){_forced(spec)}"
+        for name, spec in pruning_groups(facts.shape, recipe.pruning).items()
     }
+
+
+def _forced(spec: GroupSpec) -> str:
+    parts = (("forced to stay", spec.kept), ("forced to go", spec.dropped))
+    return "".join(f"; {words}: {', '.join(map(str, units))}" for words, units in parts if units)
 
 
 def _phases(recipe: Recipe, facts: SourceFacts) -> list[PhasePlan]:
@@ -142,10 +164,7 @@ def _phases(recipe: Recipe, facts: SourceFacts) -> list[PhasePlan]:
         if shape is not None and facts.shape is not None and facts.config is not None:
             parameters = count_parameters(facts.config, shape)
             masked = phase.name == "pruning" and facts.target is not None
-            groups = (
-                gate_groups(facts.shape, facts.target, recipe.pruning.gates.groups) if masked and facts.target else {}
-            )
-            gates = gate_count(groups.values())
+            gates = gate_count(pruning_groups(facts.shape, recipe.pruning).values()) if masked else 0
             memory = worker_memory(
                 parameters,
                 shape,
@@ -162,6 +181,7 @@ def _phases(recipe: Recipe, facts: SourceFacts) -> list[PhasePlan]:
             PhasePlan(
                 name=phase.name,
                 steps=training.steps,
+                most_steps=training.most_steps,
                 tokens=training.steps * training.global_batch_tokens,
                 batch_sequences=sequences,
                 accumulation_steps=sequences / (engine.workers * engine.micro_batch_sequences),

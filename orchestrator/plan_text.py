@@ -56,7 +56,8 @@ def _model_lines(plan: Plan) -> Iterator[str]:
     yield "  directory on disk   " + "".join(f"{format_bytes(model.directory_bytes):>16}" for model in plan.models)
     yield ""
     if plan.gates:
-        yield "gates"
+        yield "what stays"
+        yield f"  {plan.method}"
         for name, text in plan.gates.items():
             yield f"  {name:<13} {text}"
         yield ""
@@ -78,6 +79,10 @@ def _phase_lines(plan: Plan) -> Iterator[str]:
         f"{engine.micro_batch_sequences} sequences a forward pass"
     )
     yield f"  (batch in sequences; each phase keeps {KEPT_CHECKPOINTS} checkpoints)"
+    for phase in plan.phases:
+        if phase.most_steps > phase.steps:
+            extra = phase.most_steps - phase.steps
+            yield f"  {phase.name} goes on for at most {extra:,} steps more, until its gates are within tolerance"
     yield ""
     known = [phase for phase in plan.phases if phase.memory is not None]
     if known:
@@ -99,7 +104,7 @@ def _data_lines(plan: Plan) -> Iterator[str]:
     label = (
         "estimated from file sizes, good to a factor of two" if plan.supply.estimated else "from the prepared corpus"
     )
-    yield f"data at the prior proportions: sequences drawn / there = epochs ({label})"
+    yield f"data at the prior proportions, extra steps included: sequences drawn / there = epochs ({label})"
     phases = list(dict.fromkeys(use.phase.name for use in plan.use))
     width = max(10, *(len(use.domain) for use in plan.use))
     yield " " * (width + 2) + "".join(f"{phase:>30}" for phase in phases)

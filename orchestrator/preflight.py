@@ -90,7 +90,7 @@ def _schedule_problems(recipe: Recipe) -> list[str]:
             )
         problems += _batch_problems(recipe, phase.key, training.global_batch_tokens)
     gates, steps = recipe.pruning.gates, recipe.pruning.steps
-    if gates.sparsity_warmup_steps > steps:
+    if recipe.pruning.method == "learned" and gates.sparsity_warmup_steps > steps:
         problems.append(
             f"pruning.gates.sparsity_warmup_steps = {gates.sparsity_warmup_steps:,} is longer than the phase "
             f"(pruning.steps = {steps:,}), so the target would never be asked for; allowed: 0 to {steps:,}. "
@@ -206,6 +206,14 @@ def _supply_problems(recipe: Recipe, supply: Supply) -> list[str]:
         for name, splits in supply.sequences.items()
         if splits.get("eval", 0.0) * margin < 1
     ]
+    if recipe.pruning.method in ("activation", "block_influence"):
+        problems += [
+            f"domain {name} has {_count(splits.get('prune', 0.0))} sequences in its prune split ({label}), where "
+            f"pruning.method = {recipe.pruning.method} takes its calibration text from; at least one is needed. Give "
+            "it more text, set corpus.split.prune higher, or corpus.sequence_tokens lower."
+            for name, splits in supply.sequences.items()
+            if splits.get("prune", 0.0) * margin < 1
+        ]
     return problems + _exhausted(recipe, data_use(recipe, supply), margin, label)
 
 

@@ -6,7 +6,7 @@ from shearing.config import Config
 from shearing.data.config import CorpusConfig, MixtureConfig, ReferencesConfig, TrainedTokenizerConfig
 from shearing.models.shape import Shape
 from shearing.pruning.config import PruningConfig
-from shearing.training.config import EngineConfig, EvaluationConfig, RecoveryConfig, TrainingConfig
+from shearing.training.config import EngineConfig, EvaluationConfig, RecoveryConfig, TrainingConfig, WatchdogConfig
 
 
 class SourceTrainingConfig(TrainingConfig):
@@ -53,4 +53,5 @@ class Recipe(Config):
     recovery: RecoveryConfig
     scratch: ScratchConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     scores: ScoresConfig = ScoresConfig()

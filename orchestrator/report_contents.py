@@ -7,6 +7,7 @@ from typing import Any
 from orchestrator.report_reading import INTERRUPTIONS, STAGES, PhaseRecord, RunRecord
 
 MOST_POINTS = 4000  # of a series; longer ones are thinned evenly, ends kept
+MOST_LAYER_POINTS = 120  # of a series with a number a layer
 SPLIT_OF_PHASE = {"source": "train", "pruning": "prune", "recovery": "train", "scratch": "train"}
 
 
@@ -75,11 +76,28 @@ def _phase(run: RunRecord, phase: str, record: PhaseRecord) -> dict[str, Any]:
     }
 
 
-def _sparsity(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[Any]]]:
+def _sparsity(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     groups = next((list(row["sparsity"]) for row in reversed(rows) if row.get("sparsity")), [])
     keys = ("expected", "target", "undecided", "largest_layer_gap")
     states = {group: [(row.get("sparsity") or {}).get(group) or {} for row in rows] for group in groups}
-    return {group: {key: [state.get(key) for state in column] for key in keys} for group, column in states.items()}
+    found = {group: {key: [state.get(key) for state in column] for key in keys} for group, column in states.items()}
+    return {group: columns | _units(rows, group) for group, columns in found.items()}
+
+
+def _units(rows: list[dict[str, Any]], group: str) -> dict[str, Any]:
+    """Where each layer of a group ended, in units, and how it came there."""
+    known = [(row["step"], state) for row in rows if "expected_units" in (state := (row.get("sparsity") or {})[group])]
+    if not known:
+        return {}
+    shown = thin(known, MOST_LAYER_POINTS)
+    last = known[-1][1]
+    return {
+        **{key: last[key] for key in ("size", "target_units", "expected_units", "undecided_units")},
+        "layers": {
+            "steps": [step for step, _ in shown],
+            "kept_shares": [[units / last["size"] for units in state["expected_units"]] for _, state in shown],
+        },
+    }
 
 
 def _summary(run: RunRecord, phase: str, record: PhaseRecord) -> dict[str, Any]:
@@ -183,11 +201,11 @@ def _provenance(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def thin(rows: list[Any]) -> list[Any]:
-    """At most MOST_POINTS rows, evenly spread, the first and the last among them."""
-    if len(rows) <= MOST_POINTS:
+def thin(rows: list[Any], most: int = MOST_POINTS) -> list[Any]:
+    """At most `most` rows, evenly spread, the first and the last among them."""
+    if len(rows) <= most:
         return rows
-    return [rows[round(i * (len(rows) - 1) / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
+    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
 
 
 def _columns(rows: list[dict[str, Any]], key: str, domains: list[str]) -> dict[str, list[Any]]:

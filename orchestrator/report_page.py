@@ -9,8 +9,19 @@ import jinja2
 from orchestrator import report_charts, report_pictures, report_text
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-FILTERS = ("nats", "signed_nats", "perplexity", "percent", "times", "whole", "compact", "byte_size", "duration")
-NAMES = ("SHAPE_NAMES", "MODEL_NAMES", "PROOF_NAMES", "PHASE_NAMES", "MARKS", "ABSENT")
+FILTERS = (
+    "nats",
+    "signed_nats",
+    "perplexity",
+    "percent",
+    "times",
+    "whole",
+    "compact",
+    "byte_size",
+    "duration",
+    "units",
+)
+NAMES = ("SHAPE_NAMES", "MODEL_NAMES", "PROOF_NAMES", "PHASE_NAMES", "MARKS", "ABSENT", "forced_sentence")
 
 
 def page(report: dict[str, Any]) -> str:
@@ -42,6 +53,11 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
         }
     return {
         "sparsity": {g: report_charts.sparsity_chart(f"sparsity-{g}", g, pruning) for g in pruning["sparsity"]},
+        "heat": {
+            group: report_pictures.heat(part["layers"]["kept_shares"], f"Share of {group} kept, by layer and step")
+            for group, part in pruning["sparsity"].items()
+            if len(part.get("expected_units", [])) > 1
+        },
         "losses": losses,
         "proportions": {
             phase: report_charts.proportions_chart(f"mix-{phase}", domains, part)

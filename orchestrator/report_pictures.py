@@ -58,6 +58,28 @@ def strips(kept: list[list[int]], size: int, kept_layers: list[int] | None, labe
     return _svg(left + STRIP_WIDTH + right, height, parts, label)
 
 
+def heat(columns: list[list[float]], label: str) -> str:
+    """A row a layer, time from left to right, the darker the larger the share (0 to 1) of the layer's units kept."""
+    parts = []
+    width = STRIP_WIDTH / len(columns)
+    for row in range(len(columns[0])):
+        top = row * (STRIP_HEIGHT + GAP) + 2
+        shades = [round(2 * LEVELS * column[row]) for column in columns]
+        parts.append(f'<rect class="bed" x="{LEFT}" y="{top}" width="{STRIP_WIDTH:.0f}" height="{STRIP_HEIGHT}"/>')
+        for shade in sorted({shade for shade in shades if shade > 0}):
+            runs = "".join(
+                f"M{LEFT + start * width:.1f} {top}h{(stop - start) * width:.1f}v{STRIP_HEIGHT}"
+                f"H{LEFT + start * width:.1f}z"
+                for start, stop in _runs(shades, shade)
+            )
+            parts.append(f'<path class="kept" opacity="{shade / (2 * LEVELS):g}" d="{runs}"/>')
+        parts.append(_text(LEFT - 10, top + STRIP_HEIGHT - 2, f"layer {row}", "end"))
+        share = f"{100 * columns[-1][row]:.0f} % kept"
+        parts.append(_text(LEFT + STRIP_WIDTH + 6, top + STRIP_HEIGHT - 2, share, "start"))
+    height = len(columns[0]) * (STRIP_HEIGHT + GAP) + 2
+    return _svg(LEFT + STRIP_WIDTH + RIGHT, height, parts, label)
+
+
 def _bars(units: Iterable[int], size: int, left: float, top: float, height: float) -> list[str]:
     bins = size if size <= STRIP_WIDTH * 1.5 else MOST_BINS
     kept, members = [0] * bins, [0] * bins

@@ -96,6 +96,28 @@ def duration(seconds: float | None) -> str:
     return f"{hours}\u202fh {minutes:02d}\u202fmin" if hours else f"{minutes}\u202fmin {rest:02d}\u202fs"
 
 
+def units(value: float | None) -> str:
+    """Expected units: whole where they are, else with a decimal or two."""
+    return ABSENT if value is None else f"{value:,.2f}".rstrip("0").rstrip(".")
+
+
+def forced_sentence(forced: dict[str, Any]) -> str:
+    """What extraction forced in one group, in words."""
+    rows = forced["units"]
+    parts = [
+        f"{verb} {sum(abs(change) for change in changes):,} ({', '.join(changes_of(rows, sign))})"
+        for verb, sign in (("closed", -1), ("opened", 1))
+        if (changes := [change for change in rows if change * sign > 0])
+    ]
+    return " and ".join(parts)
+
+
+def changes_of(rows: list[int], sign: int) -> list[str]:
+    """The rows that lost (-1) or gained (1) units, each with how many; a shared row has no name."""
+    where = [(row, abs(change)) for row, change in enumerate(rows) if change * sign > 0]
+    return [f"layer {row}: {count}" for row, count in where] if len(rows) > 1 else ["of all layers"]
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown: verdict and tables, without pictures."""
     verdict = report["verdict"]
@@ -108,6 +130,8 @@ def markdown(report: dict[str, Any]) -> str:
         ),
         "## Shapes",
         _shapes(report),
+        "## Gates",
+        _gates(report),
         "## Extraction",
         _proof(report),
         "## Scores",
@@ -146,6 +170,25 @@ def _shapes(report: dict[str, Any]) -> str:
     return _table(["", "Source", "Result"], rows)
 
 
+def _gates(report: dict[str, Any]) -> str:
+    groups = (report["phases"].get("pruning") or {}).get("sparsity") or {}
+    rows = [
+        [
+            group,
+            f"layer {row}" if len(part["expected_units"]) > 1 else "all",
+            whole(part["size"]),
+            units(part["target_units"]),
+            units(expected),
+            whole(part["undecided_units"][row]),
+        ]
+        for group, part in groups.items()
+        for row, expected in enumerate(part.get("expected_units", []))
+    ]
+    head = ["Group", "Where", "Units", "Target", "Expected to stay", "Undecided gates"]
+    method = (report["recipe"].get("pruning") or {}).get("method", "learned")
+    return _table(head, rows) if rows else f"None: units chosen by {method}." if method != "learned" else "Not run."
+
+
 def _proof(report: dict[str, Any]) -> str:
     proof = (report["extraction"] or {}).get("proof")
     if not proof:
@@ -160,7 +203,13 @@ def _proof(report: dict[str, Any]) -> str:
         for key in PROOF_NAMES
         if key in proof
     ]
-    return _table(["Loss, nats a token", "mean", *domains], rows)
+    table = _table(["Loss, nats a token", "mean", *domains], rows)
+    forced = (report["extraction"] or {}).get("forced") or {}
+    lines = [
+        f"Forced at extraction: {group}, {forced_sentence(part)}; alone {signed_nats(part['nats'])} nats a token."
+        for group, part in forced.items()
+    ]
+    return "\n\n".join([table, *lines])
 
 
 def _scores(report: dict[str, Any]) -> str:

@@ -84,6 +84,10 @@ def _target(report: dict[str, Any]) -> list[Fact]:
     extraction = report["extraction"]
     if not extraction:
         return [_fact("target", "open", title, "not run", "Extraction has not run, so nothing is known yet.")]
+    method = (report["recipe"].get("pruning") or {}).get("method", "learned")
+    if method != "learned":
+        why = "No gate was learned, so none is between: the largest scores stay, at exactly the target's size."
+        return [_fact("target", "good", "The target shape was chosen at once", f"by {method}", why)]
     gaps = {group: max(map(abs, rows)) for group, rows in (extraction.get("gaps") or {}).items() if rows}
     worst = max(gaps, key=lambda group: gaps[group]) if gaps else None
     value = f"largest gap {gaps[worst]:.3f} ({worst})" if worst else "no gap reported"

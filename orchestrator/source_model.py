@@ -17,7 +17,7 @@ from shearing.models.family import (
     vocabulary_of,
 )
 from shearing.models.shape import Shape
-from shearing.pruning.target import check_target, target_shape
+from shearing.pruning.target import check_pruning, target_shape
 
 _OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -180,7 +180,7 @@ def _read_config(facts: SourceFacts, recipe: Recipe) -> None:
             f"Set scores.prompt_tokens={max(1, positions - recipe.scores.decode_tokens)} or lower."
         )
     pruning = recipe.pruning
-    wrong = check_target(facts.family, facts.shape, pruning.target, pruning.gates.groups, config=config)
+    wrong = check_pruning(facts.family, facts.shape, pruning, source_config=config)
     facts.problems += wrong
     if not wrong:
         facts.target = target_shape(facts.shape, pruning.target)

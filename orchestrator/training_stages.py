@@ -4,18 +4,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from actors.export import export_on_cluster, extract_on_cluster
+from actors.export import choose_on_cluster, export_on_cluster, extract_on_cluster
 from actors.held_out_losses import measure_losses
 from actors.training import PhaseResult, run_phase
+from orchestrator.console import format_duration
+from orchestrator.recipe import Recipe
 from orchestrator.source_model import trained_source_config
 from orchestrator.stage import Context
 from orchestrator.stages import score_protocol, source_model, task_resources
 from shearing.data.manifest import TOKENIZER_FOLDER
 from shearing.models.directories import local_directory, publish_directory
 from shearing.models.loading import GENERATION_FILE, TOKENIZER_FILES, write_json
+from shearing.training.choosing import ChoosingConfig
 from shearing.training.config import DistillationConfig, TrainingConfig
 from shearing.training.export import ExportConfig, agreement, with_mean
 from shearing.training.phase import PhaseConfig, PhaseName
+from shearing.training.shrinking import describe_forced
 
 
 def run_source(context: Context) -> dict[str, Any]:
@@ -29,7 +33,9 @@ def run_source(context: Context) -> dict[str, Any]:
 
 
 def run_pruning(context: Context) -> dict[str, Any]:
-    """Mask learning. Says plainly which gates are not within tolerance of the target."""
+    """Mask learning, or choosing at once. Says plainly which gates are not within tolerance of the target."""
+    if context.recipe.pruning.method != "learned":
+        return _choose(context)
     result = _train(context, "pruning", source_model(context), context.recipe.pruning)
     for problem in result.outcome["missed"]:
         context.console.warn(problem)
@@ -37,6 +43,26 @@ def run_pruning(context: Context) -> dict[str, Any]:
         tolerance = context.recipe.pruning.gates.tolerance
         context.console.note(f"every group and layer is within {tolerance:g} of its target sparsity")
     return {"checkpoint": result.checkpoint, **result.outcome}
+
+
+def _choose(context: Context) -> dict[str, Any]:
+    recipe = context.recipe
+    config = ChoosingConfig(
+        source=source_model(context),
+        destination=context.workspace.store.child("chosen").uri,
+        corpus=context.outputs["corpus"]["path"],
+        proportions=_proportions(recipe),
+        batch_sequences=recipe.engine.micro_batch_sequences,
+        dtype=recipe.engine.dtype,
+        trust_remote_code=recipe.source.trust_remote_code,
+        pruning=recipe.pruning,
+        seed=recipe.seed,
+    )
+    outputs = choose_on_cluster(config, **task_resources(context))
+    context.console.note(
+        f"chosen by {recipe.pruning.method} in {format_duration(outputs['seconds'])}, without mask learning"
+    )
+    return outputs
 
 
 def run_extraction(context: Context) -> dict[str, Any]:
@@ -50,6 +76,8 @@ def run_extraction(context: Context) -> dict[str, Any]:
     outputs["proof"]["reloaded"] = with_mean(reloaded)
     outputs |= agreement(outputs["proof"], config.dtype)
     outputs |= {key: pruning[key] for key in ("converged", "gaps", "missed")}
+    for name, forced in outputs["forced"].items():
+        context.console.warn(describe_forced(name, forced))
     means = ", ".join(f"{name} {losses['mean']:.4f}" for name, losses in outputs["proof"].items())
     context.console.note(f"mean loss, nats a token: {means}")
     if not outputs["agrees"]:
@@ -90,7 +118,6 @@ def _train(
     distillation: DistillationConfig | None = None,
 ) -> PhaseResult:
     recipe = context.recipe
-    total = sum(domain.proportion for domain in recipe.corpus.domains.values())
     references = context.outputs.get("references", {}).get("losses", {})
     phase = PhaseConfig(
         name=name,
@@ -102,21 +129,29 @@ def _train(
         evaluation=recipe.evaluation,
         corpus=context.outputs["corpus"]["path"],
         split="prune" if name == "pruning" else "train",
-        proportions={name: domain.proportion / total for name, domain in recipe.corpus.domains.items()},
+        proportions=_proportions(recipe),
         # a source model has no references yet, so nothing could steer its mixture
         mixture=recipe.mixture if references else recipe.mixture.unsteered(),
         references=references,
+        watchdog=recipe.watchdog,
         seed=recipe.seed,
         distillation=distillation,
     )
 
     def show(report: dict[str, Any]) -> None:
         if report["kind"] == "step":
-            context.console.progress(name, report, training.steps)
+            steps = training.steps if report["step"] <= training.steps else training.most_steps
+            context.console.progress(name, report, steps)
         elif report["kind"] == "event":
             context.console.note(report["text"])
 
     return run_phase(phase, context.workspace.store.uri, show)
+
+
+def _proportions(recipe: Recipe) -> dict[str, float]:
+    """The prior proportions, scaled to 1."""
+    total = sum(domain.proportion for domain in recipe.corpus.domains.values())
+    return {name: domain.proportion / total for name, domain in recipe.corpus.domains.items()}
 
 
 def _export_config(context: Context, checkpoint: str, source: str, destination: str) -> ExportConfig:

@@ -49,7 +49,7 @@ pruning:
   evaluate_every_steps: 4
   checkpoint_every_steps: 8
   target: {{num_layers: 2, hidden_size: 24, num_heads: 3, intermediate_size: 64}}
-  gates: {{sparsity_warmup_steps: 8}}
+  gates: {{sparsity_warmup_steps: 8, extra_steps: 0}}
 recovery:
   steps: 24
   global_batch_tokens: 512

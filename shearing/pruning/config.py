@@ -1,5 +1,6 @@
-"""What a recipe says about mask learning."""
+"""What a recipe says about choosing what to keep."""
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -9,6 +10,7 @@ from shearing.models.shape import TargetShape
 from shearing.training.config import TrainingConfig
 
 GateGroup = Literal["layer", "hidden", "head", "kv_head", "intermediate"]
+Method = Literal["learned", "magnitude", "activation", "block_influence", "random"]
 
 
 class GatesConfig(Config):
@@ -24,10 +26,36 @@ class GatesConfig(Config):
     tolerance: float = Field(
         0.01, gt=0, description="Largest gap of expected to target sparsity that counts as reached"
     )
+    extra_steps: int | None = Field(
+        None, ge=0, description="At most so many after the last while a gap is wider; default a fifth of steps"
+    )
+    extra_penalty_growth: float = Field(1.1, ge=1, description="Of the penalty on the gap, with each extra step")
+
+
+class LayerList(Config):
+    """Layers whose fate is not left to the method."""
+
+    layers: list[int] = Field([], description="Numbers from 0; negative ones count from the end")
+
+
+class CalibrationConfig(Config):
+    """The text on which every method but `learned` and `magnitude` measures."""
+
+    sequences: int = Field(128, ge=1, description="Of the prune split, from all domains by their proportions")
 
 
 class PruningConfig(TrainingConfig):
-    """Mask learning: a training phase with gates over the units of the source model."""
+    """Which units of the source model stay: learned by a training phase with gates, or chosen at once."""
 
+    method: Method = "learned"
     target: TargetShape
+    keep: LayerList = Field(LayerList(), description="Forced to stay")
+    drop: LayerList = Field(LayerList(), description="Forced to go")
     gates: GatesConfig = GatesConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+
+    @property
+    def most_steps(self) -> int:
+        """Steps with all extra ones."""
+        extra = self.gates.extra_steps
+        return self.steps + (math.ceil(0.2 * self.steps) if extra is None else extra)

@@ -39,28 +39,29 @@ def soft_scores(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(SOFT_SCALE * log_alpha / TEMPERATURE)
 
 
-def deterministic_gates(log_alpha: Tensor, target: int | None = None) -> Tensor:
-    """Gates without noise, [.., N]: soft scores, the smallest of every row set to 0.
+def expected_units(open_p: Tensor) -> Tensor:
+    """Whole number of units that a row of P(z > 0) expects to stay, [..] of [.., N]."""
+    size = open_p.shape[-1]
+    return size - torch.round(size - open_p.sum(-1)).long()
+
+
+def largest_gates(scores: Tensor, units: int | Tensor) -> Tensor:
+    """The largest scores of every row, the others set to 0, [.., N]. Of equal scores the later unit goes first.
 
     Args:
-        log_alpha: [.., N].
-        target: Units of a row that stay; None for the number that the gates expect, rounded. Of equal scores the
-            later unit goes first.
+        scores: [.., N].
+        units: How many of a row stay: one number, or [..].
     """
-    size = log_alpha.shape[-1]
-    rows = log_alpha.reshape(-1, size)
-    scores = soft_scores(rows)
-    if target is None:
-        removed = torch.round(size - open_probability(rows).sum(-1)).long()
-    else:
-        removed = torch.full((rows.shape[0],), size - target, device=rows.device)
     rank = torch.argsort(torch.argsort(scores, dim=-1, descending=True, stable=True), dim=-1)
-    keep = rank < (size - removed)[:, None]
-    return torch.where(keep, scores, torch.zeros_like(scores)).reshape(log_alpha.shape)
+    stay = rank < torch.as_tensor(units, device=scores.device).unsqueeze(-1)
+    return torch.where(stay, scores, torch.zeros_like(scores))
 
 
 class Gates(nn.Module):
     """All gates of a model: one float32 `log_alpha` a group, kept outside of any engine's partitions.
+
+    Gates that a group forces to stay or go are the constants 1 and 0, sampled and deterministic alike: P(z > 0) is 1
+    or 0, their `log_alpha` stays at its limit and has no gradient, and they count as decided.
 
     Args:
         groups: Group specifications by name, from `shearing.pruning.target.gate_groups`.
@@ -87,7 +88,30 @@ class Gates(nn.Module):
                 for name, spec in self.groups.items()
             }
         )
+        self._forced: dict[str, Tensor] = {}  # NaN where a gate is free; not in the state, for the recipe says it
+        for name, spec in self.groups.items():
+            if spec.kept or spec.dropped:
+                self._force(name, spec)
         self.clamp_()
+
+    @torch.no_grad()
+    def _force(self, name: str, spec: GroupSpec) -> None:
+        forced = torch.full(spec.shape, math.nan)
+        for units, gate, limit in ((spec.kept, 1.0, LOG_ALPHA_LIMIT), (spec.dropped, 0.0, -LOG_ALPHA_LIMIT)):
+            forced[..., list(units)] = gate
+            self.log_alpha[name][..., list(units)] = limit
+        self._forced[name] = forced
+
+    def _with_forced(self, name: str, values: Tensor) -> Tensor:
+        """Gates or probabilities of a group with the constants in place, which takes their gradient away."""
+        if name not in self._forced:
+            return values
+        forced = self._forced[name].to(values.device)
+        return torch.where(forced.isnan(), values, forced)
+
+    def open_probabilities(self) -> dict[str, Tensor]:
+        """P(z > 0) of every gate by group, differentiable where a gate is free."""
+        return {name: self._with_forced(name, open_probability(a)) for name, a in self.log_alpha.items()}
 
     def noise(self, seed: int, step: int, rank: int | None = None) -> dict[str, Tensor]:
         """Uniform noise for one optimiser step, a pure function of its arguments.
@@ -104,19 +128,23 @@ class Gates(nn.Module):
 
     def sample(self, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gates z of the given noise, differentiable in log_alpha."""
-        return {name: sample_gates(a, noise[name].to(a.device)) for name, a in self.log_alpha.items()}
+        return {
+            name: self._with_forced(name, sample_gates(a, noise[name].to(a.device)))
+            for name, a in self.log_alpha.items()
+        }
 
     @torch.no_grad()
     def deterministic(self, exact: bool) -> dict[str, Tensor]:
         """Gates without noise: at the target's exact size, or at the size that the gates expect now, rounded."""
-        return {
-            name: deterministic_gates(a, self.groups[name].target if exact else None)
-            for name, a in self.log_alpha.items()
-        }
+        gates = {}
+        for name, open_p in self.open_probabilities().items():
+            scores = self._with_forced(name, soft_scores(self.log_alpha[name]))
+            gates[name] = largest_gates(scores, self.groups[name].target if exact else expected_units(open_p))
+        return gates
 
     def expected_sparsity(self) -> dict[str, Tensor]:
         """Expected share of closed gates, differentiable: one number a layer, [rows], or a scalar for a shared row."""
-        return {name: 1 - open_probability(a).mean(-1) for name, a in self.log_alpha.items()}
+        return {name: 1 - open_p.mean(-1) for name, open_p in self.open_probabilities().items()}
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -125,11 +153,7 @@ class Gates(nn.Module):
             log_alpha.clamp_(-LOG_ALPHA_LIMIT, LOG_ALPHA_LIMIT)
 
     @torch.no_grad()
-    def undecided(self) -> dict[str, int]:
-        """Gates of each group with 0.05 < P(z > 0) < 0.95."""
+    def undecided(self) -> dict[str, Tensor]:
+        """How many gates of each row have 0.05 < P(z > 0) < 0.95: [rows], or a scalar for a shared row."""
         low, high = UNDECIDED_BAND
-        counts = {}
-        for name, log_alpha in self.log_alpha.items():
-            open_p = open_probability(log_alpha)
-            counts[name] = int(((open_p > low) & (open_p < high)).sum())
-        return counts
+        return {name: ((p > low) & (p < high)).sum(-1) for name, p in self.open_probabilities().items()}

@@ -4,7 +4,9 @@ The constraint is written on fractions, as the published code has it: with learn
 the scale matters.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from shearing.pruning.config import GatesConfig
 from shearing.pruning.gates import Gates
 from shearing.pruning.target import GroupSpec
+
+MOST_RISE = 1e3
 
 
 def constraint(expected: Tensor, target: float, linear: Tensor, quadratic: Tensor) -> Tensor:
@@ -34,6 +38,30 @@ def ramped_sparsity(end: float, step: int, warmup_steps: int, start: float = 0.0
     return start + (end - start) * share
 
 
+@dataclass(frozen=True)
+class ExtraSteps:
+    """A rising penalty after the last regular step, until every gap is closed.
+
+    The gap's square gets a penalty of its own, worth both multipliers together times `growth^k - 1` in the k-th extra
+    step, at most MOST_RISE times: it begins at nothing, and ends the slow swing about the target that multipliers keep
+    up by themselves.
+
+    Attributes:
+        after: The number of regular steps.
+        growth: Of the penalty, a step.
+    """
+
+    after: int
+    growth: float
+
+    def rise(self, step: int) -> float:
+        """The penalty on the gap's square in units of the multipliers."""
+        number = max(0, step - self.after + 1)
+        if number * math.log(self.growth) > math.log1p(MOST_RISE):
+            return MOST_RISE
+        return float(self.growth**number - 1)
+
+
 class Lagrangian(nn.Module):
     """Two float32 multipliers a group, from zero; they ascend while gates and weights descend.
 
@@ -41,15 +69,21 @@ class Lagrangian(nn.Module):
         groups: Group specifications by name.
         sparsity_warmup_steps: Steps over which every target sparsity ramps to its end.
         start_sparsity: Target sparsity of every group at step 0.
+        extra: The steps after the regular ones, where there are any: their penalty rises.
     """
 
     def __init__(
-        self, groups: Mapping[str, GroupSpec], sparsity_warmup_steps: int = 0, start_sparsity: float = 0.0
+        self,
+        groups: Mapping[str, GroupSpec],
+        sparsity_warmup_steps: int = 0,
+        start_sparsity: float = 0.0,
+        extra: ExtraSteps | None = None,
     ) -> None:
         super().__init__()
         self.groups = dict(groups)
         self.sparsity_warmup_steps = sparsity_warmup_steps
         self.start_sparsity = start_sparsity
+        self.extra = extra
         self.linear = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in self.groups})
         self.quadratic = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in self.groups})
 
@@ -68,7 +102,14 @@ class Lagrangian(nn.Module):
             step: Optimiser step.
         """
         targets = self.target_sparsity(step)
-        terms = [constraint(s, targets[name], self.linear[name], self.quadratic[name]) for name, s in expected.items()]
+        rise = self.extra.rise(step) if self.extra else 0.0
+        terms = []
+        for name, s in expected.items():
+            linear, quadratic = self.linear[name], self.quadratic[name]
+            terms.append(constraint(s, targets[name], linear, quadratic))
+            if rise:  # detached: the multipliers ascend as they always did
+                penalty = rise * (linear.abs() + quadratic.abs()).detach()
+                terms.append(constraint(s, targets[name], torch.zeros_like(penalty), penalty))
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
     def forward(self, expected: Mapping[str, Tensor], step: int) -> Tensor:
@@ -77,18 +118,29 @@ class Lagrangian(nn.Module):
 
 
 @torch.no_grad()
-def sparsity_metrics(gates: Gates, lagrangian: Lagrangian, step: int) -> dict[str, dict[str, float]]:
-    """Where every group stands: expected (mean over layers), target, undecided (gates), largest_layer_gap."""
+def sparsity_metrics(gates: Gates, lagrangian: Lagrangian, step: int) -> dict[str, dict[str, Any]]:
+    """Where every group stands, as shares and as units.
+
+    Returns:
+        By group: `expected` sparsity (mean over layers), `target` sparsity now, `undecided` gates in all,
+        `largest_layer_gap` of sparsity; and in units of a row `size`, `target_units` now, and for every layer (or the
+        one shared row) `expected_units` and `undecided_units`.
+    """
     targets, undecided = lagrangian.target_sparsity(step), gates.undecided()
-    return {
-        name: {
+    metrics = {}
+    for name, s in gates.expected_sparsity().items():
+        size, rows = gates.groups[name].size, s.reshape(-1)
+        metrics[name] = {
             "expected": float(s.mean()),
             "target": targets[name],
-            "undecided": undecided[name],
+            "undecided": int(undecided[name].sum()),
             "largest_layer_gap": float((s - targets[name]).abs().max()),
+            "size": size,
+            "target_units": round(size * (1 - targets[name]), 2),
+            "expected_units": [round(size * (1 - row), 2) for row in rows.tolist()],
+            "undecided_units": undecided[name].reshape(-1).tolist(),
         }
-        for name, s in gates.expected_sparsity().items()
-    }
+    return metrics
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
 """From a target shape to gate groups, and what is wrong with a target; importable without torch."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shearing.models.families import Family
 from shearing.models.family import head_size_is_quotient
 from shearing.models.shape import Shape, TargetShape
+from shearing.pruning.config import PruningConfig
 
 GROUPS = ("layer", "hidden", "head", "kv_head", "intermediate")
 
@@ -19,11 +20,15 @@ class GroupSpec:
         size: Units in a row.
         target: Units of a row that stay.
         rows: Layers, where every layer has gates of its own; None for one row that the whole model shares.
+        kept: Units of every row that are forced to stay: their gates are the constant 1.
+        dropped: Units of every row that are forced to go: their gates are the constant 0.
     """
 
     size: int
     target: int
     rows: int | None = None
+    kept: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,6 +79,65 @@ def gate_groups(source: Shape, target: Shape, groups: Iterable[str] | None = Non
         specs["kv_head"] = GroupSpec(source.num_kv_heads, target.num_kv_heads, layers)
     wanted = {name for name, spec in specs.items() if spec.target != spec.size} if groups is None else set(groups)
     return {name: specs[name] for name in GROUPS if name in specs and name in wanted}
+
+
+def pruning_groups(source: Shape, config: PruningConfig) -> dict[str, GroupSpec]:
+    """The gate groups of a recipe's pruning section, with the layers that it forces to stay or go."""
+    groups = gate_groups(source, target_shape(source, config.target), config.gates.groups)
+    if "layer" in groups:
+        kept, dropped = (layer_numbers(asked.layers, source.num_layers) for asked in (config.keep, config.drop))
+        groups["layer"] = replace(groups["layer"], kept=kept, dropped=dropped)
+    return groups
+
+
+def layer_numbers(layers: Iterable[int], num_layers: int) -> tuple[int, ...]:
+    """Layers as numbers from 0, ascending, each once; negative ones count from the end."""
+    return tuple(sorted({layer % num_layers for layer in layers}))
+
+
+def check_pruning(
+    family: Family, source: Shape, config: PruningConfig, path: str = "pruning", *, source_config: Any = None
+) -> list[str]:
+    """What is wrong with a recipe's pruning section for a source model, one complete message a problem.
+
+    Args:
+        family: Of the source model.
+        source: Its shape.
+        config: The section.
+        path: Where it stands in the recipe, for the messages.
+        source_config: Of the source model; without it nothing is known of its rotary embedding.
+    """
+    problems = check_target(family, source, config.target, config.gates.groups, path, config=source_config)
+    stay = target_shape(source, config.target).num_layers
+    return problems + _layer_list_problems(source.num_layers, stay, config, path)
+
+
+def _layer_list_problems(size: int, stay: int, config: PruningConfig, path: str) -> list[str]:
+    problems = [
+        f"{path}.{key}.layers names {_listed(wrong)}, which a source with {size} layers does not have; allowed: "
+        f"0 to {size - 1}, or -{size} to -1 from the end. Remove {_listed(wrong)} from {path}.{key}.layers."
+        for key, asked in (("keep", config.keep), ("drop", config.drop))
+        if (wrong := [layer for layer in asked.layers if not -size <= layer < size])
+    ]
+    if problems or stay > size:
+        return problems
+    kept, dropped = layer_numbers(config.keep.layers, size), layer_numbers(config.drop.layers, size)
+    if both := sorted(set(kept) & set(dropped)):
+        problems.append(
+            f"{path}.keep.layers and {path}.drop.layers both name layers {_listed(both)} (negative numbers count from "
+            "the end); a layer can be in one of them. Remove it from the other."
+        )
+    if len(kept) > stay:
+        problems.append(
+            f"{path}.keep.layers forces {len(kept)} layers to stay, but the target keeps {stay} of {size}; allowed: "
+            f"at most {stay}. Set {path}.target.num_layers={len(kept)} or shorten the list."
+        )
+    if len(dropped) > size - stay:
+        problems.append(
+            f"{path}.drop.layers forces {len(dropped)} layers to go, but the target keeps {stay} of {size}; allowed: "
+            f"at most {size - stay}. Set {path}.target.num_layers={size - len(dropped)} or shorten the list."
+        )
+    return problems
 
 
 def check_target(

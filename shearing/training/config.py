@@ -28,6 +28,24 @@ class TrainingConfig(Config):
     )
     checkpoint_every_steps: int = Field(100, ge=1)
 
+    @property
+    def most_steps(self) -> int:
+        """Steps that the phase may take at most."""
+        return self.steps
+
+
+class WatchdogConfig(Config):
+    """When a training phase is stopped because it goes nowhere; a loss or gate that is no number always stops it."""
+
+    loss_ratio: float = Field(2.0, ge=1, description="A loss over this many times the running median, and")
+    loss_margin_nats: float = Field(1.0, ge=0, description="this much more, is bad;")
+    loss_steps: int = Field(5, ge=1, description="so many bad steps in a row stop the phase")
+    median_steps: int = Field(50, ge=1, description="Steps of the running median")
+    least_kept_share: float = Field(
+        0.25, ge=0, lt=1, description="Gates that keep less than this share of what their target leaves are bad;"
+    )
+    sparsity_steps: int = Field(10, ge=1, description="so many bad steps in a row stop the phase")
+
 
 class DistillationConfig(Config):
     """Learning from a teacher: (1 - weight) CE + weight T^2 KL(teacher || student) (arXiv 1503.02531, section 2)."""

@@ -1,4 +1,4 @@
-"""From a checkpoint to Hugging Face directories, and the proof that nothing changed on the way."""
+"""From a checkpoint to a Hugging Face directory, and what the models of a run are measured by on the way."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,24 +12,12 @@ from shearing.config import Config
 from shearing.evaluation.held_out import held_out_sequences
 from shearing.evaluation.losses import domain_loss_sums, mean_losses
 from shearing.models.directories import local_directory, publish_directory
-from shearing.models.family import family_of, shape_of
-from shearing.models.loading import (
-    load_model,
-    new_model,
-    read_config,
-    read_generation_config,
-    write_model_directory,
-)
+from shearing.models.loading import read_config, read_generation_config, write_model_directory
 from shearing.models.parameters import count_parameters
 from shearing.pruning.config import PruningConfig
-from shearing.pruning.extraction import extract, kept_units
-from shearing.pruning.gates import Gates
-from shearing.pruning.masks import attach_gates
-from shearing.pruning.target import gate_groups, target_shape
 from shearing.storage import Store, open_store
 from shearing.training.checkpoint import CheckpointReader
 from shearing.training.engine import DTYPES
-from shearing.training.mask_learning import learned_gates
 
 # Largest difference in mean loss, nats a token, between models that should be one function: the order of summation
 # differs, and bfloat16 keeps 8 bits of it.
@@ -80,55 +68,8 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
     source = local_directory(config.source)
     tensors = CheckpointTensors(CheckpointReader(open_store(config.checkpoint)), DTYPES[config.dtype])
     model_config = read_config(source)
-    _write(open_store(config.destination), model_config, ((name, tensors[name]) for name in tensors), source)
+    write_directory(open_store(config.destination), model_config, ((name, tensors[name]) for name in tensors), source)
     return {"model": config.destination, "parameters": count_parameters(model_config)}
-
-
-def extract_model(config: ExportConfig) -> dict[str, Any]:
-    """Cut the pruned model out of mask learning's last checkpoint, write it, and measure three of the four losses.
-
-    Returns what the stage `extraction` puts out but for the reloaded directory's loss, which only a fresh process can
-    measure honestly.
-    """
-    assert config.pruning is not None
-    source = local_directory(config.source)
-    reader = CheckpointReader(open_store(config.checkpoint))
-    model_config, dtype = read_config(source), DTYPES[config.dtype]
-    tensors = CheckpointTensors(reader, dtype)
-    family, shape = family_of(model_config), shape_of(model_config)
-    target = target_shape(shape, config.pruning.target)
-    groups = gate_groups(shape, target, config.pruning.gates.groups)
-    arrays = {name: torch.from_numpy(value) for name, value in reader.arrays("gates").items()}
-    gates = learned_gates(arrays, Gates(groups))
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    masked: nn.Module = load_model(source, dtype, config.trust_remote_code)
-    masked.to(device)
-    fill(masked, tensors)
-    slots = attach_gates(masked, family)
-    exact = gates.deterministic(exact=True)
-    slots.set(gates.deterministic(exact=False))
-    proof = {"learned": _losses(masked, config, device)}
-    slots.set(exact)
-    proof["exact_target"] = _losses(masked, config, device)
-    slots.set(None)
-    del masked, slots
-
-    new_config, weights = extract(model_config, family, tensors, exact, target)
-    extracted = dict(weights)
-    small: nn.Module = new_model(new_config, dtype)
-    small.to(device)
-    fill(small, extracted)
-    proof["extracted"] = _losses(small, config, device)
-    _write(open_store(config.destination), new_config, extracted.items(), source)
-    return {
-        "model": config.destination,
-        "proof": proof,
-        "kept": kept_units(exact, shape, target),
-        "source_shape": shape.model_dump(),
-        "target_shape": target.model_dump(),
-        "parameters": {"source": count_parameters(model_config), "target": count_parameters(new_config)},
-    }
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -155,12 +96,14 @@ def with_mean(losses: dict[str, float]) -> dict[str, Any]:
     return {"mean": sum(losses.values()) / len(losses), "domains": losses}
 
 
-def _losses(model: nn.Module, config: ExportConfig, device: str) -> dict[str, Any]:
+def held_out_losses(model: nn.Module, config: ExportConfig, device: str) -> dict[str, Any]:
+    """Loss per domain of a model on the corpus' held-out text, and their mean, in nats a token."""
     sequences = held_out_sequences(open_store(config.corpus), config.sequences_per_domain)
     return with_mean(mean_losses(domain_loss_sums(model, sequences, config.batch_sequences, device)))
 
 
-def _write(destination: Store, config: dict[str, Any], tensors: Any, source: Path) -> None:
+def write_directory(destination: Store, config: dict[str, Any], tensors: Any, source: Path) -> None:
+    """Write a model's directory, tokenizer and generation config of `source` beside it."""
     generation = read_generation_config(source)
     if destination.is_local:
         write_model_directory(destination.path, config, tensors, tokenizer_folder=source, generation_config=generation)

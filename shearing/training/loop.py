@@ -25,12 +25,9 @@ from shearing.training.distillation import Teacher
 from shearing.training.engine import Engine
 from shearing.training.mask_learning import MaskLearner
 from shearing.training.schedule import learning_rate
+from shearing.training.watchdog import Watchdog
 
 Report = dict[str, Any]
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss is no longer a number; the last checkpoint is the last good state."""
 
 
 class MixtureClient(Protocol):
@@ -71,7 +68,7 @@ def training_reports(trainer: "Trainer") -> Iterator[Report]:
     """Run a phase from where it stands to its end, one report a step and one an evaluation."""
     if trainer.state.step == 0:
         yield trainer.evaluate(update=False)
-    while trainer.state.step < trainer.config.steps:
+    while not trainer.finished():
         batch = trainer.next_batch()
         trainer.open_gates()
         losses = trainer.forward_backward(batch)
@@ -80,6 +77,7 @@ def training_reports(trainer: "Trainer") -> Iterator[Report]:
         yield trainer.finish_step(batch, losses)
         if trainer.gathered_update_due():
             yield trainer.update_from_gathered()
+        yield from trainer.extra_step_reports()
         if trainer.evaluation_due():
             yield trainer.evaluate(update=trainer.loss_from == "eval")
 
@@ -97,6 +95,7 @@ class Trainer:
         held_out: dict[str, np.ndarray],
         references: dict[str, float],
         state: TrainState,
+        watchdog: Watchdog,
         learner: MaskLearner | None = None,
         micro_batch_sequences: int = 1,
         loss_from: LossFrom = "eval",
@@ -104,7 +103,7 @@ class Trainer:
     ) -> None:
         self.config, self.engine, self.stream, self.mixture = config, engine, stream, mixture
         self.held_out, self.references = held_out, references
-        self.state, self.learner, self.teacher = state, learner, teacher
+        self.state, self.watchdog, self.learner, self.teacher = state, watchdog, learner, teacher
         self.micro_batch_sequences = micro_batch_sequences
         self.loss_from = loss_from
         self.update_every_steps = config.evaluate_every_steps
@@ -113,6 +112,8 @@ class Trainer:
         self.consumed = ConsumedSequences(stream.splits)
         self.domains = list(stream.sequences)
         self.step_began_s = 0.0
+        self.evaluated_step = -1
+        self.held_checkpoint = False
 
     def next_batch(self) -> Batch:
         """This step's batch, and the reading of the next one begun where its proportions are settled."""
@@ -169,15 +170,12 @@ class Trainer:
             self.learner.update(self.state.step)
 
     def finish_step(self, batch: Batch, sums: torch.Tensor) -> Report:
-        """Count the step, and say what it did. Raises TrainingDivergedError for a loss that is not finite."""
+        """Count the step, and say what it did. Raises TrainingDivergedError where the watchdog stops the phase."""
         dist.all_reduce(sums)
         total = sums.cpu()
         loss = float(total[:, 0].sum() / total[:, 1].sum())
-        if not math.isfinite(loss):
-            raise TrainingDivergedError(
-                f"step {self.state.step}: the training loss is {loss}. Lower learning_rate "
-                f"(now {self.config.learning_rate:g}) or lengthen warmup_steps; the last checkpoint is kept"
-            )
+        rate, norm = learning_rate(self.config, self.state.step), self.engine.gradient_norm()
+        self.watchdog.see_loss(self.state.step, loss, norm, self.config.learning_rate)
         proportions = self.state.mixture.proportions
         step = self.state.step + 1
         step_s = time.perf_counter() - self.step_began_s
@@ -188,8 +186,8 @@ class Trainer:
             "tokens": step * self.config.global_batch_tokens,
             "loss": loss,
             "losses": {d: s / n for d, (s, n, _) in zip(self.domains, total.tolist(), strict=True) if n},
-            "learning_rate": learning_rate(self.config, self.state.step),
-            "gradient_norm": self.engine.gradient_norm(),
+            "learning_rate": rate,
+            "gradient_norm": norm,
             "tokens_per_s": self.config.global_batch_tokens / step_s,
             "step_s": step_s,
             "data_wait_s": batch.wait_s,
@@ -200,6 +198,8 @@ class Trainer:
             report["divergence"] = float(total[:, 2].sum() / total[:, 1].sum())
         if self.learner:
             report.update(self.learner.report(self.state.step))
+            not_finite, rate = self.learner.not_finite(), self.learner.config.gates.learning_rate
+            self.watchdog.see_gates(self.state.step, not_finite, report["sparsity"], rate)
         gathered = self._gathered(total) if self.loss_from == "train" else {}
         self.state = replace(self.state, step=step, mix=batch.mix, gathered=gathered)
         return report
@@ -242,9 +242,24 @@ class Trainer:
             text = f"{start.domain} begins epoch {start.epoch + 1}: its text is repeated from here"
             yield event_report(self.state.step + 1, "next_epoch", text)
 
+    def finished(self) -> bool:
+        """Whether the phase is at its end: in mask learning it may go on until its gates are within tolerance."""
+        step = self.state.step
+        if step < self.config.steps:
+            return False
+        return step >= self.config.most_steps or self.learner is None or self.learner.converged()
+
+    def extra_step_reports(self) -> Iterator[Report]:
+        """What is said where the regular steps end and the phase goes on."""
+        if self.learner and self.state.step == self.config.steps and not self.finished():
+            missed = "; ".join(self.learner.outcome()["missed"])
+            extra = self.config.most_steps - self.config.steps
+            text = f"goes on for at most {extra:,} steps with a rising penalty, since {missed}"
+            yield event_report(self.state.step, "extra_steps", text)
+
     def evaluation_due(self) -> bool:
         """Whether an evaluation follows the step just made."""
-        return self.state.step % self.config.evaluate_every_steps == 0 or self.state.step == self.config.steps
+        return self.state.step % self.config.evaluate_every_steps == 0 or self.finished()
 
     def settled(self, report: Report) -> bool:
         """Whether `report` is the last of its step, so that the state may be saved."""
@@ -252,31 +267,57 @@ class Trainer:
         return bool(report["kind"] == last)
 
     def checkpoint_due(self) -> bool:
-        """Whether the state after the step just made is to be saved."""
-        step = self.state.step
-        return step > 0 and (step % self.config.checkpoint_every_steps == 0 or step == self.config.steps)
+        """Whether the state after the step just made is to be saved; to be asked once a step.
 
-    def evaluate(self, update: bool) -> Report:
-        """Held-out loss per domain; with `update` it moves the proportions of the steps after."""
-        began_s = time.perf_counter()
+        A checkpoint that falls on a step that the watchdog finds bad waits for the next good one.
+        """
+        step = self.state.step
+        due = step > 0 and (step % self.config.checkpoint_every_steps == 0 or self.finished())
+        due, held = due or self.held_checkpoint, self.watchdog.suspicious and not self.finished()
+        self.held_checkpoint = due and held
+        return due and not held
+
+    def require_sound(self) -> None:
+        """Raise TrainingDivergedError where the weights as they are now are not worth keeping (collective).
+
+        The loss of a step is of the weights before its update. Where no evaluation has followed, one micro-batch of
+        held-out text tells.
+        """
+        if self.evaluated_step != self.state.step:
+            few = {d: held_out[: self.micro_batch_sequences] for d, held_out in list(self.held_out.items())[:1]}
+            self._held_out_losses(few)
+
+    def _held_out_losses(self, held_out: dict[str, np.ndarray]) -> tuple[LossSums, dict[str, float]]:
+        """This rank's loss sums, and the loss per domain over all ranks, which the watchdog has seen (collective)."""
         if self.learner:
             self.learner.close()
         sums = domain_loss_sums(
             self.engine.model,
-            self.held_out,
+            held_out,
             self.micro_batch_sequences,
             self.engine.device,
             rank=self.stream.rank,
             world=self.stream.world,
             forward=self.engine.logits,
         )
+        losses = summed_losses(sums, self.engine.device)
+        finite = [loss for loss in losses.values() if math.isfinite(loss)]  # one domain's NaN is the mixture's matter
+        mean = sum(finite) / len(finite) if finite else math.nan
+        self.watchdog.see_held_out(self.state.step, mean, self.config.learning_rate)
+        return sums, losses
+
+    def evaluate(self, update: bool) -> Report:
+        """Held-out loss per domain; with `update` it moves the proportions of the steps after."""
+        began_s = time.perf_counter()
+        sums, losses = self._held_out_losses(self.held_out)
+        self.evaluated_step = self.state.step
         if update:
             self.state = replace(self.state, mixture=self.mixture.submit(self.state.step, self.state.mixture, sums))
         return {
             "kind": "evaluation",
             "step": self.state.step,
             "time": time.time(),
-            "losses": summed_losses(sums, self.engine.device),
+            "losses": losses,
             "references": self.references,
             "proportions": self.state.mixture.proportions,
             "version": self.state.mixture.version,

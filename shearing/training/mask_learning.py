@@ -69,6 +69,15 @@ class MaskLearner:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def converged(self) -> bool:
+        """Whether every row of gates is within tolerance of its end."""
+        return not unconverged(self.gates, self.config.gates.tolerance)
+
+    def not_finite(self) -> list[str]:
+        """Names of gates and multipliers that hold something that is no number."""
+        named = [*self.gates.named_parameters(), *self.lagrangian.named_parameters()]
+        return [name for name, parameter in named if not bool(torch.isfinite(parameter).all())]
+
     def report(self, step: int) -> dict[str, Any]:
         """What a step report says of the gates: sizes as sparsity a group, and the constraint."""
         return {

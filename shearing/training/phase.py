@@ -24,17 +24,24 @@ from shearing.models.family import family_of, shape_of
 from shearing.models.loading import load_model, new_model, read_config
 from shearing.pruning.config import PruningConfig
 from shearing.pruning.gates import Gates
-from shearing.pruning.lagrangian import Lagrangian
+from shearing.pruning.lagrangian import ExtraSteps, Lagrangian
 from shearing.pruning.masks import attach_gates
-from shearing.pruning.target import gate_groups, target_shape
+from shearing.pruning.target import pruning_groups
 from shearing.storage import open_store
 from shearing.training.batches import BatchStream
 from shearing.training.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
-from shearing.training.config import DistillationConfig, EngineConfig, EvaluationConfig, TrainingConfig
+from shearing.training.config import (
+    DistillationConfig,
+    EngineConfig,
+    EvaluationConfig,
+    TrainingConfig,
+    WatchdogConfig,
+)
 from shearing.training.distillation import Teacher
 from shearing.training.engine import DTYPES, Engine, deepspeed_config, partitioned_loading
 from shearing.training.loop import MixtureClient, Trainer, TrainState
 from shearing.training.mask_learning import MaskLearner
+from shearing.training.watchdog import Watchdog
 
 PhaseName = Literal["source", "pruning", "recovery", "scratch"]
 
@@ -54,6 +61,7 @@ class PhaseConfig(Config):
     proportions: dict[str, float]
     mixture: MixtureConfig
     references: dict[str, float]
+    watchdog: WatchdogConfig = WatchdogConfig()
     seed: int
     distillation: DistillationConfig | None = None
 
@@ -114,6 +122,7 @@ def build_trainer(phase: PhaseConfig, place: Place, source: SequenceSource, mixt
         held_out={domain: held_out[domain] for domain in domains},
         references=phase.references,
         state=TrainState(0, MixState.start(domains), initial_state(phase.mixture, phase.proportions)),
+        watchdog=Watchdog(phase.watchdog),
         learner=learner,
         micro_batch_sequences=phase.engine.micro_batch_sequences,
         loss_from=phase.mixture.loss_from,
@@ -136,16 +145,21 @@ def _mask_learner(phase: PhaseConfig, model: torch.nn.Module, place: Place) -> M
         return None
     model_config = read_config(local_directory(phase.model))
     family, shape = family_of(model_config), shape_of(model_config)
-    groups = gate_groups(shape, target_shape(shape, config.target), config.gates.groups)
-    gates = Gates(groups, config.gates.initial_log_alpha, config.gates.initial_log_alpha_std, phase.seed)
+    groups, options = pruning_groups(shape, config), config.gates
+    gates = Gates(groups, options.initial_log_alpha, options.initial_log_alpha_std, phase.seed)
     gates.to(place.device)
-    lagrangian = Lagrangian(groups, config.gates.sparsity_warmup_steps, config.gates.start_sparsity)
+    extra = ExtraSteps(config.steps, options.extra_penalty_growth)
+    lagrangian = Lagrangian(groups, options.sparsity_warmup_steps, options.start_sparsity, extra)
     lagrangian.to(place.device)
     return MaskLearner(gates, lagrangian, attach_gates(model, family), config, seed=phase.seed, rank=place.rank)
 
 
 def save(trainer: Trainer, folder: Path) -> None:
-    """Write this rank's part of a checkpoint (collective). Raises SequenceRepeatedError if data came twice."""
+    """Write this rank's part of a checkpoint (collective).
+
+    Raises SequenceRepeatedError if data came twice, TrainingDivergedError if the weights are not worth keeping.
+    """
+    trainer.require_sound()
     consumed = merged_bitmaps(trainer)
     for domain in trainer.domains:
         drawn = trainer.state.mix.drawn[domain]
@@ -153,12 +167,15 @@ def save(trainer: Trainer, folder: Path) -> None:
     arrays: dict[str, dict[str, Any]] = {"consumed": consumed}
     if trainer.learner:
         arrays["gates"] = trainer.learner.tensors()
-    save_checkpoint(trainer.engine, folder, trainer.state.to_json(), arrays)
+    state = trainer.state.to_json() | {"watchdog": trainer.watchdog.to_json()}
+    save_checkpoint(trainer.engine, folder, state, arrays)
 
 
 def restore(trainer: Trainer, reader: CheckpointReader) -> None:
     """Move a freshly built trainer to where a checkpoint stands, whatever workers wrote it (collective)."""
-    trainer.state = TrainState.from_json(reader.state())
+    state = reader.state()
+    trainer.state = TrainState.from_json(state)
+    trainer.watchdog.load(state["watchdog"])
     load_checkpoint(trainer.engine, reader, trainer.state.step)
     if trainer.learner:
         trainer.learner.load({name: torch.from_numpy(value) for name, value in reader.arrays("gates").items()})

@@ -153,6 +153,9 @@ def write_phase(store, phase, clock, draw):
     store.write_bytes(f"metrics/{phase}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+SIZES = {"layer": 6, "hidden": 256, "head": 8, "intermediate": 688}
+
+
 def sparsity(f, draw):
     ends = {"layer": 1 / 3, "hidden": 0.25, "head": 0.25, "intermediate": 1 - 448 / 688}
     state = {}
@@ -163,6 +166,10 @@ def sparsity(f, draw):
         gap = abs(expected - target) + 0.002
         undecided = round((1 - f) * 40)
         state[group] = {"expected": expected, "target": target, "undecided": undecided, "largest_layer_gap": gap}
+        size, rows = SIZES[group], 1 if group in ("layer", "hidden") else 6
+        units = [round(size * (1 - expected) + 0.01 * row, 2) for row in range(rows)]
+        state[group] |= {"size": size, "target_units": round(size * (1 - target), 2), "expected_units": units}
+        state[group]["undecided_units"] = [undecided, *[0] * (rows - 1)]
     return state
 
 
@@ -197,7 +204,8 @@ def outputs(stage, corpus, draw, leave_out):
                 "extracted": proof(0.680001), "reloaded": proof(0.680001),
             },
             "largest_difference": 1.2e-6, "agreement_tolerance": 1e-4, "agrees": True, "converged": True,
-            "gaps": {**gaps, "intermediate": [0.001] * 6}, "kept": kept(draw),
+            "gaps": {**gaps, "intermediate": [0.001] * 6},
+            "forced": {"head": {"units": [0, -1, 0, 0, 1, 0], "nats": 0.0123}}, "kept": kept(draw),
             "source_shape": SOURCE, "target_shape": TARGET, "parameters": {"source": 6_834_432, "target": 3_197_568},
         }  # fmt: skip
     if stage == "scores":

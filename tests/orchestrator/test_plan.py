@@ -112,6 +112,21 @@ def test_the_plan_shows_stages_shapes_tokens_and_data(tmp_path):
         assert expected in text, expected
 
 
+def test_the_plan_shows_how_units_are_chosen(tmp_path):
+    """Catches a plan that counts steps which no method but `learned` takes, or forced layers that nobody sees."""
+    learned = render_plan(plan(tiny_recipe(tmp_path, "pruning.keep.layers=[0, -1]", "pruning.drop.layers=[1]")))
+    assert "pruning.method = learned" in learned
+    assert "4 -> 3 (sparsity 0.2500); forced to stay: 0, 3; forced to go: 1" in learned
+    assert "pruning goes on for at most 4 steps more" in learned
+    assert "goes on" not in render_plan(plan(tiny_recipe(tmp_path, "pruning.gates.extra_steps=0")))
+    chosen = plan(tiny_recipe(tmp_path, "pruning.method=activation", "pruning.calibration.sequences=40"))
+    assert [phase.name for phase in chosen.phases] == ["recovery"]
+    assert {use.phase.name for use in chosen.use} == {"recovery"}
+    text = render_plan(chosen)
+    assert "pruning.method = activation" in text
+    assert "on 40 sequences of calibration text; no mask learning" in text
+
+
 def test_the_plan_starts_and_writes_nothing(tmp_path):
     recipe = tiny_recipe(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -133,7 +148,7 @@ def test_epochs_are_forecast_from_bytes(tmp_path):
     recipe = tiny_recipe(tmp_path, "references.kind=source")
     use = next(use for use in plan(recipe).use if use.domain == "wiki" and use.phase.name == "pruning")
     size = (tmp_path / "text" / "wiki" / "a.jsonl").stat().st_size
-    assert use.drawn == 20 * 512 / 64 * 0.75
+    assert use.drawn == (20 + 4) * 512 / 64 * 0.75  # a fifth of the steps may come on top
     assert use.sequences == pytest.approx(size / 3 / 64 * 0.3)  # a vocabulary of 320: three bytes a token
     assert use.epochs == pytest.approx(use.drawn / use.sequences)
 

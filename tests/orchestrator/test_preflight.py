@@ -53,6 +53,10 @@ BAD = [
     (["workspace=nope://x/y"], "workspace = 'nope://x/y' cannot be opened"),
     (["corpus.split.eval=0.00001"], "in its eval split (an estimate from file sizes)"),
     (["corpus.boundary_token=bos"], "names no bos_token"),
+    (["pruning.keep.layers=[0, 4]"], "pruning.keep.layers names 4, which a source with 4 layers does not have"),
+    (["pruning.keep.layers=[0]", "pruning.drop.layers=[-4]"], "both name layers 0"),
+    (["pruning.drop.layers=[1, 2]"], "forces 2 layers to go, but the target keeps 3 of 4"),
+    (["pruning.method=activation", "corpus.split.prune=0.00001"], "takes its calibration text from"),
 ]  # fmt: skip
 
 
@@ -66,6 +70,14 @@ def test_what_would_fail_later_is_refused_now(problems, overrides, expected):
 def test_a_mixture_that_ignores_the_prior_is_not_held_against_it(problems):
     """0.75 lies above the cap, but equal shares never come near it."""
     assert problems("mixture.rule=uniform", "mixture.cap=0.6") == []
+
+
+@pytest.mark.parametrize("method", ["magnitude", "activation", "block_influence", "random"])
+def test_the_same_recipe_with_another_method_just_works(problems, method):
+    """Catches keys of mask learning that are refused where nobody reads them."""
+    assert (
+        problems(f"pruning.method={method}", "pruning.warmup_steps=99", "pruning.gates.sparsity_warmup_steps=99") == []
+    )
 
 
 def test_all_problems_come_at_once(problems):

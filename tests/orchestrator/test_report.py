@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import yaml
 from example_workspace import DOMAINS, SOURCE_LOSS, write_example
 
 from orchestrator.report import build_report
@@ -357,3 +358,31 @@ def test_labels_keep_their_order_and_distance():
     assert placed[2] == 0.1
     assert min(spread([0.0, 0.0], 0.1, floor=0.05)) >= 0.05 - 1e-6
     assert spread([], 0.1) == []
+
+
+def test_every_layer_of_every_group_in_units(tmp_path):
+    """Catches a mean over layers that hides the one whose gates never decided, and a cost that nobody reads."""
+    report = build_report(write_example(tmp_path))
+    head = report["phases"]["pruning"]["sparsity"]["head"]
+    assert (head["size"], head["target_units"], len(head["expected_units"])) == (8, 6.0, 6)
+    assert len(head["layers"]["steps"]) == len(head["layers"]["kept_shares"]) == 120  # of 200
+    assert (head["layers"]["steps"][0], head["layers"]["steps"][-1]) == (1, 200)
+    store = open_store(str(tmp_path / "workspace"))
+    page, text = (store.read_bytes(f"report/{name}").decode() for name in ("index.html", "report.md"))
+    assert "Share of head kept, by layer and step" in page
+    assert "closed 1 (layer 1: 1) and opened 1 (layer 4: 1)" in page
+    assert f"| head | layer 5 | 8 | 6 | {head['expected_units'][5]:g} | 0 |" in text
+    assert "Forced at extraction: head, closed 1 (layer 1: 1) and opened 1 (layer 4: 1); alone +0.012 nats" in text
+
+
+def test_units_that_were_chosen_need_no_gates(tmp_path):
+    """Catches a report that calls a run without mask learning unfinished, or its target reached by training."""
+    store = write_example(tmp_path)
+    recipe = yaml.safe_load(store.read_bytes("recipe.yaml"))
+    recipe["pruning"]["method"] = "magnitude"
+    store.write_bytes("recipe.yaml", yaml.safe_dump(recipe).encode())
+    store.delete("metrics/pruning.jsonl")
+    report = build_report(store)
+    fact = next(fact for fact in report["verdict"]["facts"] if fact["key"] == "target")
+    assert (fact["level"], fact["value"]) == ("good", "by magnitude")
+    assert "No masks were learned" in store.read_bytes("report/index.html").decode()

@@ -10,12 +10,14 @@ from shearing.pruning.config import GatesConfig
 from shearing.pruning.gates import (
     LOG_ALPHA_LIMIT,
     Gates,
-    deterministic_gates,
+    expected_units,
+    largest_gates,
     open_probability,
     sample_gates,
     soft_scores,
 )
 from shearing.pruning.lagrangian import (
+    ExtraSteps,
     Lagrangian,
     build_gate_optimizer,
     constraint,
@@ -86,7 +88,9 @@ class TestAgainstThePublishedNumbers:
             target = info["masks"][group]["target_mask_size"] if exact else None
             if exact and target is None:
                 continue
-            z = deterministic_gates(tensors[f"{state}/z_loga/{group}"], target)
+            log_alpha = tensors[f"{state}/z_loga/{group}"]
+            units = expected_units(open_probability(log_alpha)) if target is None else target
+            z = largest_gates(soft_scores(log_alpha), units)
             for name in Z_NAMES[group]:
                 theirs = tensors[f"{state}/z_det_eval_target_{exact}/{name}"].reshape(z.shape)
                 if state == "init":  # all scores are equal there, so only counts compare
@@ -173,7 +177,7 @@ class TestFormulas:
     def test_smallest_are_closed_row_by_row(self):
         """Catches a top-k over the whole group instead of every row."""
         log_alpha = torch.tensor([[4.0, 3.0, 2.0, 1.0], [-4.0, -1.0, -3.0, -2.0]])
-        z = deterministic_gates(log_alpha, target=2)
+        z = largest_gates(soft_scores(log_alpha), 2)
         assert (z != 0).tolist() == [[True, True, False, False], [False, True, False, True]]
         kept = z != 0
         torch.testing.assert_close(z[kept], soft_scores(log_alpha)[kept])
@@ -181,11 +185,11 @@ class TestFormulas:
     def test_expected_size_is_rounded(self):
         # P = sigmoid(4.6 + 1.6) three times and sigmoid(-4.6 + 1.6) = 0.047 three times: 3.13 units expected
         log_alpha = torch.tensor([4.6, -4.6, 4.6, -4.6, 4.6, -4.6])
-        assert int(deterministic_gates(log_alpha).count_nonzero()) == 3
+        assert int(expected_units(open_probability(log_alpha))) == 3
 
     def test_equal_scores_still_give_the_exact_size(self):
         """Catches a threshold instead of a ranking."""
-        assert int(deterministic_gates(torch.zeros(7), target=5).count_nonzero()) == 5
+        assert int(largest_gates(torch.ones(7), 5).count_nonzero()) == 5
 
 
 class TestGates:
@@ -223,7 +227,7 @@ class TestGates:
         gates = Gates({"hidden": GroupSpec(4, 1)})
         with torch.no_grad():
             gates.log_alpha["hidden"].copy_(torch.tensor([4.0, -4.605, 0.0, -1.6]))
-        assert gates.undecided() == {"hidden": 2}
+        assert {name: int(count) for name, count in gates.undecided().items()} == {"hidden": 2}
 
     def test_state_is_plain_tensors(self):
         gates = Gates(small_groups(), seed=1)
@@ -232,6 +236,73 @@ class TestGates:
         fresh = Gates(small_groups(), seed=2)
         fresh.load_state_dict(state)
         assert all(torch.equal(fresh.log_alpha[name], gates.log_alpha[name]) for name in small_groups())
+
+
+class TestForced:
+    """Layers that a recipe forces to stay (0, 2) or go (3), of five."""
+
+    def made(self, *values):
+        gates = Gates({"layer": GroupSpec(5, 3, kept=(0, 2), dropped=(3,))}, seed=2)
+        with torch.no_grad():
+            gates.log_alpha["layer"][[1, 4]] = torch.tensor(values)
+        return gates
+
+    def test_sampled_and_expected_are_constants(self):
+        """Catches a forced layer that noise closes now and then, or that counts as not quite open."""
+        gates = self.made(0.0, -1.0)
+        for step in range(50):
+            z = gates.sample(gates.noise(0, step))["layer"]
+            assert z[[0, 2, 3]].tolist() == [1, 1, 0]
+        free = sum(float(open_probability(torch.tensor(a))) for a in (0.0, -1.0))
+        assert float(gates.expected_sparsity()["layer"].detach()) == pytest.approx(1 - (2 + free) / 5, abs=1e-6)
+        assert int(gates.undecided()["layer"]) == 2
+
+    def test_no_gradient_moves_them(self):
+        """Catches constants that drift away under the optimiser, and a constraint that pushes on what cannot move."""
+        gates = self.made(3.0, 3.0)
+        lagrangian = Lagrangian(gates.groups)
+        optimizer = build_gate_optimizer(gates, lagrangian, GatesConfig(learning_rate=0.5))
+        for step in range(30):
+            optimizer.zero_grad()
+            (
+                gates.sample(gates.noise(0, step))["layer"].sum() + lagrangian.loss(gates.expected_sparsity(), step)
+            ).backward()
+            assert gates.log_alpha["layer"].grad[[0, 2, 3]].tolist() == [0, 0, 0]
+            optimizer.step()
+        limit = math.log(100)
+        assert gates.log_alpha["layer"][[0, 2, 3]].tolist() == pytest.approx([limit, limit, -limit])
+        assert abs(float(gates.log_alpha["layer"][1].detach()) - 3.0) > 0.1
+
+    @pytest.mark.parametrize("free", [(LOG_ALPHA_LIMIT, 1.0), (1.0, LOG_ALPHA_LIMIT), (-4.0, -4.5)])
+    def test_exact_target_keeps_and_drops_them(self, free):
+        """Catches a tie at the clamp that takes a free layer in place of a forced one."""
+        z = self.made(*free).deterministic(exact=True)["layer"]
+        assert z[[0, 2, 3]].tolist() == [1, 1, 0]
+        assert int(z.count_nonzero()) == 3
+        assert (z[1] > 0) == (free[0] > free[1])
+
+    def test_expected_size_never_cuts_them(self):
+        z = self.made(-4.6, -4.6).deterministic(exact=False)["layer"]
+        assert (z > 0).tolist() == [True, False, True, False, False]
+
+
+class TestExtraSteps:
+    def test_penalty_by_hand(self):
+        """Catches a penalty before its time, one that grows from one, and one that multipliers feed on."""
+        groups = {"hidden": GroupSpec(10, 6)}
+        lagrangian = Lagrangian(groups, extra=ExtraSteps(after=100, growth=1.1))
+        with torch.no_grad():
+            lagrangian.linear["hidden"].fill_(-3.0)
+            lagrangian.quadratic["hidden"].fill_(2.0)
+        expected = {"hidden": torch.tensor(0.3)}
+        base = -3.0 * -0.1 + 2.0 * 0.01
+        for step, rise in ((99, 0.0), (100, 0.1), (101, 0.21), (100_000, 1e3)):
+            lagrangian.zero_grad()
+            loss = lagrangian.loss(expected, step)
+            assert float(loss.detach()) == pytest.approx(base + rise * 5.0 * 0.01, rel=1e-4)
+            loss.backward()
+            assert float(lagrangian.linear["hidden"].grad) == pytest.approx(-0.1, rel=1e-4)
+            assert float(lagrangian.quadratic["hidden"].grad) == pytest.approx(0.01, rel=1e-4)
 
 
 class TestConstraint:
@@ -268,6 +339,10 @@ class TestConstraint:
             assert metrics[name]["target"] == pytest.approx(spec.target_sparsity)
             assert metrics[name]["largest_layer_gap"] == pytest.approx(max(final_gaps(gates)[name]), abs=1e-6)
             assert metrics[name]["largest_layer_gap"] < 0.1, name
+            kept = [float(open_probability(row).sum()) for row in gates.log_alpha[name].detach().reshape(-1, spec.size)]
+            assert metrics[name]["expected_units"] == pytest.approx(kept, abs=0.006)
+            assert metrics[name]["target_units"] == pytest.approx(spec.target)
+            assert sum(metrics[name]["undecided_units"]) == metrics[name]["undecided"]
 
     def test_multipliers_ascend_by_exactly_the_learning_rate_at_first(self):
         gates, lagrangian = Gates(small_groups()), Lagrangian(small_groups())

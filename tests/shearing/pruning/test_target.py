@@ -2,7 +2,8 @@ import pytest
 
 from shearing.models.families import FAMILIES
 from shearing.models.shape import Shape, TargetShape
-from shearing.pruning.target import check_target, gate_groups, target_shape
+from shearing.pruning.config import PruningConfig
+from shearing.pruning.target import check_pruning, check_target, gate_groups, pruning_groups, target_shape
 
 LLAMA_7B = Shape(num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=32, head_size=128, intermediate_size=11008)
 MISTRAL_7B = LLAMA_7B.model_copy(update={"num_kv_heads": 8, "intermediate_size": 14336})
@@ -121,3 +122,42 @@ class TestProblems:
         (found,) = problems(hidden_size=2560, groups=["hidden", "kv_head"])
         assert "'kv_head'" in found
         assert "allowed: layer, hidden, head, intermediate" in found
+
+
+def pruning(num_layers=24, keep=(), drop=(), **target):
+    layers = {"keep": {"layers": list(keep)}, "drop": {"layers": list(drop)}}
+    return PruningConfig(steps=1, global_batch_tokens=1, target={"num_layers": num_layers, **target}, **layers)
+
+
+class TestForcedLayers:
+    def test_numbers_from_either_end(self):
+        """Catches -1 taken for layer 1, and a layer counted twice."""
+        groups = pruning_groups(LLAMA_7B, pruning(keep=[0, 1, -1, 31], drop=[-2]))
+        assert (groups["layer"].kept, groups["layer"].dropped) == ((0, 1, 31), (30,))
+
+    def test_need_no_layer_gates_where_all_layers_stay(self):
+        config = pruning(num_layers=None, hidden_size=2048, keep=[0])
+        assert check_pruning(FAMILIES["llama"], LLAMA_7B, config) == []
+        assert set(pruning_groups(LLAMA_7B, config)) == {"hidden"}
+
+    @pytest.mark.parametrize(
+        ("config", "expected"),
+        [
+            (
+                pruning(keep=[0, 32]),
+                "pruning.keep.layers names 32, which a source with 32 layers does not have; allowed: 0 to 31",
+            ),
+            (pruning(drop=[-33]), "pruning.drop.layers names -33"),
+            (pruning(keep=[0, 31], drop=[-1]), "both name layers 31"),
+            (pruning(num_layers=2, keep=[0, 1, -1]), "forces 3 layers to stay, but the target keeps 2 of 32"),
+            (pruning(num_layers=30, drop=[4, 5, 6]), "allowed: at most 2. Set pruning.target.num_layers=29"),
+            (
+                pruning(num_layers=None, hidden_size=2048, drop=[4]),
+                "forces 1 layers to go, but the target keeps 32 of 32",
+            ),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, config, expected):
+        """Each of these would otherwise end in an extraction at another size, after all the steps."""
+        (found,) = check_pruning(FAMILIES["llama"], LLAMA_7B, config)
+        assert expected in found

@@ -63,7 +63,7 @@ class TinyRun:
         }
         if pruning:
             settings["target"] = TARGET
-            settings["gates"] = {"sparsity_warmup_steps": 3, "learning_rate": 0.3}
+            settings["gates"] = {"sparsity_warmup_steps": 3, "learning_rate": 0.3, "extra_steps": 0}
         values = {
             "name": "pruning" if pruning else "recovery",
             "model": model or self.model,

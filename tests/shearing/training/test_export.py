@@ -20,10 +20,10 @@ from shearing.training.export import (
     ExportConfig,
     agreement,
     export_model,
-    extract_model,
     fill,
     with_mean,
 )
+from shearing.training.shrinking import extract_model
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ from phase_runs import BATCH_SEQUENCES, PROPORTIONS, PlannedMixture, Run, larges
 from plain_reference import plain_run
 
 from shearing.data.mixing import DomainExhausted
-from shearing.training.loop import TrainingDivergedError, sequence_losses, training_reports
+from shearing.training.loop import sequence_losses, training_reports
+from shearing.training.watchdog import TrainingDivergedError
 
 CLIPPED = {"steps": 5, "evaluate_every_steps": 100, "gradient_clip": 0.3, "weight_decay": 0.1}
-GENTLE_GATES = {"gates": {"sparsity_warmup_steps": 3, "learning_rate": 0.1}}
+GENTLE_GATES = {"gates": {"sparsity_warmup_steps": 3, "learning_rate": 0.1, "extra_steps": 0}}
 
 
 def stopped_by(rank, world, phase, error, **kwargs):
