@@ -52,11 +52,16 @@ def prepare(recipe: Recipe) -> str:
 def carry_out(task: Task, overrides: list[str], corpus: str, study: Path, prints: dict[str, str]) -> dict[str, Any]:
     """One task in this process, with one thread; its result is written last."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     import logging
 
     import torch
     from study_training import run_task
 
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     folder = study / task.name

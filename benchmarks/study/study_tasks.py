@@ -169,10 +169,18 @@ def _distillation(seed: int, _budget: Budget) -> list[Task]:
     return [pruned, static, *taught]
 
 
-def _loss_from(seed: int, _budget: Budget) -> list[Task]:
+def _loss_from(seed: int, budget: Budget) -> list[Task]:
     pruned, _ = _base(seed)
     by_evaluation = _recovered(pruned, "sheared", seed, "mixture.rule=sheared")
-    by_training = _recovered(pruned, "sheared-train", seed, "mixture.rule=sheared", "mixture.loss_from=train")
+    by_training = _recovered(
+        pruned,
+        "sheared-train",
+        seed,
+        "mixture.rule=sheared",
+        "mixture.loss_from=train",
+        "recovery.update_mixture_every_steps=15",
+        f"recovery.evaluate_every_steps={budget.recovery_steps}",
+    )
     return [pruned, by_evaluation, by_training]
 
 

@@ -24,11 +24,13 @@ from shearing.evaluation.throughput import Load, measure_speeds
 from shearing.models.loading import load_model, read_config, write_json
 from shearing.models.parameters import count_parameters
 from shearing.storage import open_store
+from shearing.training.choosing import ChoosingConfig, choose_and_write
 from shearing.training.config import TrainingConfig
 from shearing.training.engine import prepare_deepspeed
-from shearing.training.export import ExportConfig, export_model, extract_model
+from shearing.training.export import ExportConfig, export_model
 from shearing.training.loop import summed_losses, training_reports
 from shearing.training.phase import PhaseConfig, PhaseName, Place, build_trainer, save
+from shearing.training.shrinking import extract_model
 
 SCORED_SEQUENCES = 48
 """Of each domain, for the final losses; evaluations on the way are smaller."""
@@ -95,16 +97,26 @@ def _source(_task: Task, recipe: Recipe, corpus: str, folder: Path, _models: dic
 
 def _prune(task: Task, recipe: Recipe, corpus: str, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
     source = models[task.models[0]]
-    rows = _train(_phase(recipe, "pruning", source, corpus, recipe.pruning), folder / "checkpoint")
+    began_s = time.perf_counter()
+    if recipe.pruning.method == "learned":
+        rows = _train(_phase(recipe, "pruning", source, corpus, recipe.pruning), folder / "checkpoint")
+    else:
+        rows = []
+        choose_and_write(_choosing(recipe, folder, source, corpus))
+    choosing_s = time.perf_counter() - began_s
     outcome = extract_model(_export(recipe, folder, source, corpus).model_copy(update={"pruning": recipe.pruning}))
     proof = {name: losses["mean"] for name, losses in outcome["proof"].items()}
-    return _scored(folder / "model", corpus) | {"proof": proof, "rows": rows}
+    return _scored(folder / "model", corpus) | {"proof": proof, "rows": rows, "choosing_s": choosing_s}
 
 
 def _recover(task: Task, recipe: Recipe, corpus: str, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
     pruned = models[task.models[0]]
     phase = _phase(recipe, "scratch" if task.fresh else "recovery", pruned, corpus, recipe.recovery, fresh=task.fresh)
-    phase = phase.model_copy(update={"references": _references(models["source"], corpus)})
+    taught = recipe.recovery.distillation
+    if taught is not None:
+        taught = taught.model_copy(update={"teacher": str(models["source"])})
+    references = _losses(models["source"], corpus)
+    phase = phase.model_copy(update={"references": references, "distillation": taught})
     rows = _train(phase, folder / "checkpoint")
     export_model(_export(recipe, folder, pruned, corpus))
     return _scored(folder / "model", corpus) | {"rows": rows, "references": phase.references}
@@ -142,8 +154,9 @@ def _phase(
         corpus=corpus,
         split="prune" if name == "pruning" else "train",
         proportions={domain: config.proportion for domain, config in domains.items()},
-        mixture=recipe.mixture if name == "recovery" else recipe.mixture.model_copy(update={"rule": "static"}),
+        mixture=recipe.mixture if name == "recovery" else recipe.mixture.unsteered(),
         references=dict.fromkeys(domains, 0.0),
+        watchdog=recipe.watchdog,
         seed=recipe.seed,
     )
 
@@ -173,6 +186,19 @@ def _export(recipe: Recipe, folder: Path, source: Path, corpus: str) -> ExportCo
     )
 
 
+def _choosing(recipe: Recipe, folder: Path, source: Path, corpus: str) -> ChoosingConfig:
+    return ChoosingConfig(
+        source=str(source),
+        destination=str(folder / "checkpoint"),
+        corpus=corpus,
+        proportions={domain: config.proportion for domain, config in recipe.corpus.domains.items()},
+        batch_sequences=recipe.engine.micro_batch_sequences,
+        dtype=recipe.engine.dtype,
+        pruning=recipe.pruning,
+        seed=recipe.seed,
+    )
+
+
 def _scored(model: Path, corpus: str) -> dict[str, Any]:
     losses = _losses(model, corpus)
     return {
@@ -186,7 +212,3 @@ def _losses(model: Path, corpus: str) -> dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sequences = held_out_sequences(open_store(corpus), SCORED_SEQUENCES)
     return mean_losses(domain_loss_sums(load_model(model).to(device), sequences, 8, device))
-
-
-def _references(source: Path, corpus: str) -> dict[str, float]:
-    return _losses(source, corpus)

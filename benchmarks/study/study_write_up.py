@@ -220,7 +220,7 @@ def _method(results: Results, _figures: Path) -> str:
     rows = []
     for method in ("learned", *METHODS):
         recovered = "static" if method == "learned" else method
-        seconds = [result["seconds"] for result in of_seeds(results, f"prune/{method}").values()]
+        seconds = [result["choosing_s"] for result in of_seeds(results, f"prune/{method}").values()]
         rows.append(
             (
                 f"`{method}`",
