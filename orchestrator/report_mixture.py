@@ -30,7 +30,7 @@ def replays(run: RunRecord) -> dict[str, dict[str, Any]]:
     """
     config = _mixture_of(run)
     domains = (run.recipe.get("corpus") or {}).get("domains") or {}
-    prior = {name: (domain or {}).get("proportion") for name, domain in domains.items()}
+    prior: dict[str, Any] = {name: (domain or {}).get("proportion") for name, domain in domains.items()}
     if config is None or not prior or None in prior.values():
         return {}
     found: dict[str, dict[str, Any]] = {}

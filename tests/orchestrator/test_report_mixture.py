@@ -7,6 +7,15 @@ import yaml
 from example_workspace import write_example
 
 from orchestrator.report import build_report
+from orchestrator.report_contents import contents
+from orchestrator.report_reading import read_run, without_nan
+from orchestrator.report_verdict import verdict
+
+
+def judged(store):
+    """The report's numbers and facts, without its pictures."""
+    report = without_nan(contents(read_run(store)))
+    return report | {"verdict": verdict(report)}
 
 
 def fact(report, key):
@@ -23,13 +32,13 @@ def with_recipe(store, **sections):
 def test_decisions_are_replayed_and_a_changed_one_is_named(tmp_path):
     """Catches a history of the mixture that nobody can tell from an edited one."""
     store = write_example(tmp_path)
-    report = build_report(store)
+    report = judged(store)
     assert fact(report, "replay")["level"] == "good"
     assert "recovery: 11 versions equal" in fact(report, "replay")["value"]
     decision = store.read_json("mixture/recovery/000006.json")
     decision["state"]["losses"]["code"] += 0.5
     store.write_json("mixture/recovery/000006.json", decision)
-    report = build_report(store)
+    report = judged(store)
     assert report["replays"]["recovery"]["differs_at"] == 6
     assert report["replays"]["pruning"]["differs_at"] is None
     assert fact(report, "replay")["level"] == "warn"
@@ -40,7 +49,7 @@ def test_a_rule_that_is_not_here_is_said_and_no_judgement(tmp_path):
     """A report may be written where the user's rule is not installed."""
     store = write_example(tmp_path)
     with_recipe(store, mixture={"rule": "rules_of_elsewhere:best"})
-    report = build_report(store)
+    report = judged(store)
     assert fact(report, "replay")["level"] == "info"
     assert "rules_of_elsewhere cannot be imported" in fact(report, "replay")["value"]
 
@@ -48,7 +57,7 @@ def test_a_rule_that_is_not_here_is_said_and_no_judgement(tmp_path):
 def test_what_evaluation_cost(tmp_path):
     """Catches repeated steps counted, and a share of the steps alone, which can pass 100 %."""
     store = write_example(tmp_path)
-    report = build_report(store)
+    report = judged(store)
     summary = report["phases"]["recovery"]["summary"]
     assert summary["evaluation_s"] == pytest.approx(11 * 1.1)
     assert summary["evaluation_share"] == pytest.approx(12.1 / (12.1 + 400 * 0.39))
@@ -56,7 +65,7 @@ def test_what_evaluation_cost(tmp_path):
     assert "recovery: 12.1\u202fs (7.2\u202f%)" in cost["value"]
     assert "Its losses moved the mixture" in cost["why"]
     with_recipe(store, mixture={"loss_from": "train"})
-    assert "It only measured" in fact(build_report(store), "evaluation")["why"]
+    assert "It only measured" in fact(judged(store), "evaluation")["why"]
 
 
 def test_rule_and_teacher_in_words(tmp_path):
