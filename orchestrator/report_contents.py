@@ -4,6 +4,7 @@ import math
 import statistics
 from typing import Any
 
+from orchestrator.report_mixture import evaluation_cost, replays, settings
 from orchestrator.report_reading import INTERRUPTIONS, STAGES, PhaseRecord, RunRecord
 
 MOST_POINTS = 4000  # of a series; longer ones are thinned evenly, ends kept
@@ -24,6 +25,8 @@ def contents(run: RunRecord) -> dict[str, Any]:
         "extraction": extraction or None,
         "phases": {phase: _phase(run, phase, record) for phase, record in run.phases.items()},
         "mixture": run.mixture,
+        "settings": settings(run),
+        "replays": replays(run),
         "scores": run.outputs("scores") or None,
         "recipe": run.recipe,
         "versions": run.versions,
@@ -60,7 +63,10 @@ def _phase(run: RunRecord, phase: str, record: PhaseRecord) -> dict[str, Any]:
     evaluations = record.evaluations
     return {
         "steps": [row["step"] for row in rows],
-        **{key: [row.get(key) for row in rows] for key in ("tokens", "loss", "learning_rate", "tokens_per_s")},
+        **{
+            key: [row.get(key) for row in rows]
+            for key in ("tokens", "loss", "learning_rate", "tokens_per_s", "divergence")
+        },
         "proportions": _columns(rows, "proportions", run.domains),
         "drawn": _columns(rows, "drawn", run.domains),
         "train_losses": _columns(rows, "losses", run.domains),
@@ -112,6 +118,9 @@ def _summary(run: RunRecord, phase: str, record: PhaseRecord) -> dict[str, Any]:
         "planned_steps": _planned_steps(run, phase),
         "tokens": rows[-1].get("tokens"),
         "final_loss": rows[-1].get("loss"),
+        "first_divergence": rows[0].get("divergence"),
+        "final_divergence": rows[-1].get("divergence"),
+        **evaluation_cost(record),
         "tokens_per_s": statistics.median(speeds) if speeds else None,
         "data_wait_share": waited / busy if busy else None,
         "interruptions": sum(row.get("event") in INTERRUPTIONS for row in record.events),

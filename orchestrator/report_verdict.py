@@ -6,7 +6,7 @@ Levels: `good` holds; `warn` worth a look; `bad` do not trust the result as it i
 
 from typing import Any
 
-from orchestrator.report_text import compact, nats, percent, signed_nats, times
+from orchestrator.report_text import compact, duration, nats, percent, signed_nats, times
 
 Fact = dict[str, Any]
 SMALL_GAP_NATS = 0.05  # a learned mask and its exact target further apart than this were not yet decided
@@ -231,6 +231,39 @@ def _mixture(report: dict[str, Any]) -> list[Fact]:
     return []
 
 
+def _decisions(report: dict[str, Any]) -> list[Fact]:
+    """Whether every decision on the mixture follows from its recorded losses, and what measuring them cost."""
+    facts = []
+    replays = report["replays"]
+    wrong = {p: r for p, r in replays.items() if r.get("differs_at") is not None}
+    unknown = {p: r["problem"] for p, r in replays.items() if r.get("problem")}
+    if wrong:
+        value = "; ".join(f"{phase}, version {r['differs_at']}: {r['how']}" for phase, r in wrong.items())
+        why = "Decided again from the losses that were recorded, it comes out otherwise: history or rule was changed."
+        facts.append(_fact("replay", "warn", "A decision on the mixture does not replay", value, why))
+    elif unknown:
+        value = "; ".join(f"{phase}: {problem}" for phase, problem in unknown.items())
+        facts.append(
+            _fact("replay", "info", "Decisions on the mixture could not be replayed", value, "Nothing is said.")
+        )
+    elif replays:
+        value = ", ".join(f"{phase}: {_counted(r['versions'], 'version')} equal" for phase, r in replays.items())
+        why = "Every version of the proportions was decided again from the losses on record and came out the same."
+        facts.append(_fact("replay", "good", "Decisions on the mixture replay", value, why))
+    costs = {p: part["summary"] for p, part in report["phases"].items() if part["summary"].get("evaluation_s")}
+    if costs:
+        value = ", ".join(
+            f"{phase}: {duration(s['evaluation_s'])} ({percent(s['evaluation_share'])})" for phase, s in costs.items()
+        )
+        why = "Time in held-out evaluation and its share of the phase. "
+        if report["settings"]["loss_from"] == "train":
+            why += "It only measured: the mixture was moved by the losses of training batches, at no cost."
+        else:
+            why += "Its losses moved the mixture; mixture.loss_from=train takes those of training batches, at no cost."
+        facts.append(_fact("evaluation", "info", "What held-out evaluation cost", value, why))
+    return facts
+
+
 def _run(report: dict[str, Any]) -> list[Fact]:
     facts = []
     interrupted = {p: n for p, part in report["phases"].items() if (n := part["summary"].get("interruptions"))}
@@ -274,4 +307,4 @@ def _small(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.1e}"
 
 
-JUDGES = (_target, _proof, _recovery, _data, _losses, _speed, _mixture, _run)
+JUDGES = (_target, _proof, _recovery, _data, _losses, _speed, _mixture, _decisions, _run)

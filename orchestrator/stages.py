@@ -64,7 +64,7 @@ def _references(context: Context) -> dict[str, Any]:
         from actors.held_out_losses import measure_losses
 
         measured = measure_losses(source_model(context), score_protocol(context), **task_resources(context))
-        losses, warnings = {name: measured[name] for name in domains}, []
+        losses, warnings, errors = {name: measured[name] for name in domains}, [], {}
     else:
         from shearing.data.references import load_references
         from shearing.models.loading import read_config
@@ -72,11 +72,13 @@ def _references(context: Context) -> dict[str, Any]:
         config = read_config(source_model(context))
         target = target_shape(shape_of(config), context.recipe.pruning.target)
         found = load_references(references, domains, count_parameters(config, target))
-        losses, warnings = found.losses, found.warnings
+        losses, warnings, errors = found.losses, found.warnings, found.standard_errors
     for warning in warnings:
         context.console.warn(warning)
-    context.console.note("nats a token: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
-    return {"kind": references.kind, "losses": losses, "warnings": warnings}
+    spread = {name: f" ± {error:.4f}" for name, error in errors.items()}
+    shown = ", ".join(f"{name} {loss:.4f}{spread.get(name, '')}" for name, loss in losses.items())
+    context.console.note(f"nats a token: {shown}")
+    return {"kind": references.kind, "losses": losses, "warnings": warnings, "standard_errors": errors}
 
 
 def _pruning(context: Context) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     python pipelines/fit_reference_losses.py LOSSES.yaml --parameters N [--unbounded] [--json]
 
-LOSSES.yaml holds `parameters: [N1, N2, ...]` and `losses: {domain: [l1, l2, ...]}`, nats a token.
+LOSSES.yaml holds `parameters: [N1, N2, ...]` and `losses: {domain: [l1, l2, ...]}`, nats a token. Four models or more
+give the predictions a standard error.
 """
 
 import argparse
@@ -29,15 +30,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def table(fits: dict[str, ScalingLawFit], parameters: float) -> str:
     """Predictions, fits and warnings as text."""
     width = max(len("domain"), *(len(domain) for domain in fits))
-    lines = [f"{'domain':{width}}  {'loss':>8}  {'a':>12}  {'b':>8}  {'c':>8}   at {parameters:,.0f} parameters"]
+    lines = [
+        f"{'domain':{width}}  {'loss':>8}  {'± error':>8}  {'a':>12}  {'b':>8}  {'c':>8}   "
+        f"at {parameters:,.0f} parameters"
+    ]
     lines += [
-        f"{d:{width}}  {fit.predict(parameters):8.4f}  {fit.a:12.5g}  {fit.b:8.4f}  {fit.c:8.4f}"
+        f"{d:{width}}  {fit.predict(parameters):8.4f}  {_error(fit, parameters):>8}  {fit.a:12.5g}  {fit.b:8.4f}  "
+        f"{fit.c:8.4f}"
         for d, fit in fits.items()
     ]
     common = set.intersection(*(set(fit.warnings) for fit in fits.values()))
     lines += [f"warning: {warning}" for fit in list(fits.values())[:1] for warning in fit.warnings if warning in common]
     lines += [f"warning: {d}: {w}" for d, fit in fits.items() for w in fit.warnings if w not in common]
     return "\n".join(lines)
+
+
+def _error(fit: ScalingLawFit, parameters: float) -> str:
+    error = fit.standard_error(parameters)
+    return "unknown" if error is None else f"{error:.4f}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,7 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.json:
         domains = {
-            d: {"loss": fit.predict(options.parameters), "a": fit.a, "b": fit.b, "c": fit.c, "warnings": fit.warnings}
+            d: {
+                "loss": fit.predict(options.parameters),
+                "standard_error": fit.standard_error(options.parameters),
+                **{key: getattr(fit, key) for key in ("a", "b", "c", "warnings")},
+            }
             for d, fit in fits.items()
         }
         print(json.dumps({"parameters": options.parameters, "domains": domains}, indent=2))

@@ -31,18 +31,51 @@ class ScalingLawFit:
     degrees_of_freedom: int
     largest_residual: float
     warnings: list[str] = field(default_factory=list)
+    errors: "FitErrors | None" = None
 
     def predict(self, parameters: float) -> float:
         """The loss of a model of that many parameters."""
         return self.a * math.exp(-self.b * math.log(parameters)) + self.c
 
+    def standard_error(self, parameters: float) -> float | None:
+        """Of `predict`, nats a token, by the delta method; None where the points leave no measure of their scatter.
+
+        Of the curve, not of one more model. Where the bound on c binds, given that c is 0.
+        """
+        return self.errors.of_prediction(parameters) if self.errors else None
+
+
+@dataclass(frozen=True)
+class FitErrors:
+    """How far a fit may be off: the scatter of its points, and the fitted curve's slopes in each parameter.
+
+    `triangle_KK` is R of the QR decomposition of the slopes at the N points, K parameters: (scale, b) or (scale, b, c)
+    with log sizes counted from `centre`.
+    """
+
+    scatter: float
+    triangle_KK: np.ndarray
+    centre: float
+    scale: float
+    b: float
+
+    def of_prediction(self, parameters: float) -> float:
+        """Standard error of the curve at a size; infinite where the points do not tell its parameters apart."""
+        x = np.array([math.log(parameters) - self.centre])
+        slopes_K = _slopes(x, self.scale, self.b, len(self.triangle_KK))[0]
+        try:
+            return self.scatter * float(np.linalg.norm(np.linalg.solve(self.triangle_KK.T, slopes_K)))
+        except np.linalg.LinAlgError:
+            return math.inf
+
 
 @dataclass(frozen=True)
 class References:
-    """Reference loss of each domain, nats a token, and what to be wary of."""
+    """Reference loss of each domain, nats a token, what to be wary of, and standard errors where there are any."""
 
     losses: dict[str, float]
     warnings: list[str] = field(default_factory=list)
+    standard_errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,7 +105,11 @@ def fit_scaling_law(parameters: list[float], losses: list[float], bounded: bool 
         )
     binds = bounded and c == 0.0
     fitted = 2 if binds else 3
-    residual = float(np.abs(scale * np.exp(-b * x_N) + c - y_N).max())
+    residual_N = scale * np.exp(-b * x_N) + c - y_N
+    residual = float(np.abs(residual_N).max())
+    scatter = math.sqrt(float(residual_N @ residual_N) / max(1, len(losses) - fitted))
+    triangle_KK = np.asarray(np.linalg.qr(_slopes(x_N, scale, b, fitted), mode="r"))
+    errors = FitErrors(scatter, triangle_KK, centre, scale, b)
     return ScalingLawFit(
         a=scale * math.exp(b * centre),
         b=b,
@@ -80,7 +117,14 @@ def fit_scaling_law(parameters: list[float], losses: list[float], bounded: bool 
         degrees_of_freedom=len(losses) - fitted,
         largest_residual=residual,
         warnings=_fit_warnings(b, c, binds=binds, points=len(losses), residual=residual),
+        errors=errors if len(losses) > 3 else None,
     )
+
+
+def _slopes(x_N: np.ndarray, scale: float, b: float, count: int) -> np.ndarray:
+    """Derivatives [N, count] of scale * exp(-b x) + c by scale, b and, where it was fitted, c."""
+    power_N = np.exp(-b * x_N)
+    return np.stack([power_N, -scale * x_N * power_N, np.ones_like(x_N)][:count], axis=1)
 
 
 def _fit_warnings(b: float, c: float, *, binds: bool, points: int, residual: float) -> list[str]:
@@ -208,7 +252,8 @@ def load_references(config: ReferencesConfig, domains: Iterable[str], parameters
         return References(_checked(_load_yaml(config.file), wanted, config.file))
     fits = fit_domains(load_siblings(config.file), config.bounded)
     losses = _checked({d: fit.predict(parameters) for d, fit in fits.items()}, wanted, config.file)
-    return References(losses, [f"domain {d}: {warning}" for d in wanted for warning in fits[d].warnings])
+    errors = {d: error for d in wanted if (error := fits[d].standard_error(parameters)) is not None}
+    return References(losses, [f"domain {d}: {w}" for d in wanted for w in fits[d].warnings], errors)
 
 
 def _checked(given: dict[Any, Any], wanted: list[str], where: str) -> dict[str, float]:

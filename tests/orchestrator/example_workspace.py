@@ -108,6 +108,7 @@ def write_phase(store, phase, clock, draw):
     credit = dict.fromkeys(DOMAINS, 0.0)
     first = {"kind": "evaluation", "step": 0, "time": clock, "losses": {d: losses(d, 0.0) for d in DOMAINS}}
     references = SOURCE_LOSS if phase != "source" else {}
+    decide(store, phase, {"version": 0, "step": 0, "proportions": dict(DOMAINS), "losses": {}, "references": {}})
     rows = [{**first, "references": references, "proportions": dict(DOMAINS), "version": 0, "seconds": 1.1}]
     for step in range(1, steps + 1):
         f = step / steps
@@ -145,12 +146,17 @@ def write_phase(store, phase, clock, draw):
             rows.append({**evaluation, "version": version, "seconds": 1.1})
             state = {"version": version, "step": step, "proportions": proportions, "losses": held_out}
             if phase != "source":
-                store.write_json(f"mixture/{phase}/{version:06d}.json", {**state, "references": {}, "warnings": []})
+                decide(store, phase, {**state, "references": SOURCE_LOSS})
     if phase == "recovery":  # the steps after the checkpoint at 120, as they went before the worker was lost
         lost = [{**row, "loss": 99.0} for row in rows if row["kind"] == "step" and 120 < row["step"] <= 150]
         at = next(i for i, row in enumerate(rows) if row["kind"] == "step" and row["step"] == 121)
         rows[at:at] = lost
     store.write_bytes(f"metrics/{phase}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def decide(store, phase, state):
+    decision = {"state": {**state, "memory": {}, "warnings": []}, "attempt": "1f2e3d4c", "world": 1}
+    store.write_json(f"mixture/{phase}/{state['version']:06d}.json", decision)
 
 
 SIZES = {"layer": 6, "hidden": 256, "head": 8, "intermediate": 688}

@@ -29,6 +29,15 @@ def test_table_has_predictions_and_warnings(tmp_path):
     assert "1.7590" in done.stdout
     assert done.stdout.count("no degrees of freedom") == 1
     assert "warning: cc: the irreducible loss is negative" in done.stdout
+    assert done.stdout.count("unknown") == 2  # standard errors
+
+
+def test_four_models_give_standard_errors(tmp_path):
+    text = "parameters: [1.0e+8, 1.0e+9, 1.0e+10, 1.0e+11]\nlosses: {a: [3.1, 2.5, 2.12, 1.8]}"
+    found = json.loads(run(tmp_path, "--parameters", "5e7", "--json", text=text).stdout)
+    assert 0 < found["domains"]["a"]["standard_error"] < 1
+    shown = run(tmp_path, "--parameters", "5e7", text=text).stdout
+    assert f"{found['domains']['a']['standard_error']:.4f}" in shown
 
 
 def test_json_is_bounded_unless_told_otherwise(tmp_path):

@@ -1,5 +1,8 @@
 """Scaling-law predictions against published figures and exact laws; reference files read with clear errors."""
 
+import math
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -132,3 +135,30 @@ def test_scaling_law_references_from_a_file(tmp_path):
     found = load_references(config, ["c4", "cc"], 1345423360)
     assert {d: round(loss, 4) for d, loss in found.losses.items()} == {"c4": 2.1251, "cc": 1.9643}
     assert any(warning.startswith("domain cc: ") for warning in found.warnings)
+
+
+@pytest.mark.parametrize(("c", "bounded"), [(0.6, True), (0.6, False), (0.0, True)])
+def test_standard_errors_are_the_spread_of_repeated_fits(c, bounded):
+    """Against fits of many noisy copies. Catches a variance by the wrong degrees of freedom, slopes at the wrong
+    centre, and the third parameter's error counted where the bound holds it."""
+    sizes, noise, at = [1e8, 3e8, 1e9, 3e9, 1e10, 3e10], 1e-3, 5e7
+    exact = [2.0 * (size / 1e9) ** -0.15 + c for size in sizes]
+    dice = np.random.default_rng(3)
+    fits = [fit_scaling_law(sizes, [loss + dice.normal(0, noise) for loss in exact], bounded) for _ in range(120)]
+    alike = [fit for fit in fits if (fit.c == 0.0) == (c == 0.0)]
+    assert len(alike) > 40
+    spread = np.std([fit.predict(at) for fit in alike])
+    told = math.sqrt(np.mean([fit.standard_error(at) ** 2 for fit in alike]))
+    assert told == pytest.approx(spread, rel=0.25)
+    assert fits[0].standard_error(at) > fits[0].standard_error(1e9)
+
+
+def test_three_models_have_no_standard_error(tmp_path):
+    """Three points and three parameters: any number given would be made up. With four there is one for each domain."""
+    assert fit_scaling_law(SIZES, LLAMA2["wiki"]).standard_error(1e9) is None
+    assert fit_scaling_law(SIZES, LLAMA2["cc"]).standard_error(1e9) is None  # one is left where c is held, and no more
+    (tmp_path / "losses.yaml").write_text(
+        "parameters: [1, 2, 4, 9]\nlosses: {a: [3, 2.5, 2.1, 1.8], b: [4, 3, 2.4, 2]}"
+    )
+    config = ReferencesConfig(kind="scaling_law", file=str(tmp_path / "losses.yaml"))
+    assert set(load_references(config, ["a", "b"], 1).standard_errors) == {"a", "b"}
