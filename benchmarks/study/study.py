@@ -58,7 +58,6 @@ def carry_out(task: Task, overrides: list[str], corpus: str, study: Path, prints
 
     import torch
     from study_training import run_task
-
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -80,7 +79,7 @@ def fingerprints(tasks: list[Task], overrides: list[str], corpus: str) -> dict[s
     prints: dict[str, str] = {}
     for task in tasks:
         before = [prints[name] for name in task.models]
-        recipe = recipe_of(task, overrides).model_dump(mode="json", exclude={"name", "workspace"})
+        recipe = [RECIPE.read_text(), *overrides, *task.overrides]
         prints[task.name] = fingerprint({"recipe": recipe, "corpus": corpus, "fresh": task.fresh, "before": before})
     return prints
 
