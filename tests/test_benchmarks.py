@@ -29,6 +29,7 @@ def run(name: str, *arguments: str, seconds: int = 300) -> str:
 def test_every_benchmark_is_tested():
     """A benchmark that nobody runs breaks with the first change of what it measures."""
     assert {path.stem for path in BENCHMARKS.glob("*.py")} == TESTED
+    assert {path.name for path in BENCHMARKS.iterdir() if path.is_dir()} - {"__pycache__"} == {"study"}  # test_study.py
 
 
 def test_mask_overhead():

@@ -25,12 +25,9 @@ def write_up(study: Path, docs: Path) -> None:
     }
     (docs / "figures").mkdir(parents=True, exist_ok=True)
     page = docs / "RESULTS.md"
-    blocks: dict[str, str] = {}
-    for name, write in WRITERS.items():
-        blocks[name] = write(results, docs / "figures")
 
     def filled(match: re.Match[str]) -> str:
-        return f"{match[1]}{blocks[match[2]]}\n{match[3]}"
+        return f"{match[1]}{WRITERS[match[2]](results, docs / 'figures')}\n{match[3]}"
 
     page.write_text(BLOCK.sub(filled, page.read_text()))
 
