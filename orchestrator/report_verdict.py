@@ -231,6 +231,21 @@ def _mixture(report: dict[str, Any]) -> list[Fact]:
     return []
 
 
+def _predicted(report: dict[str, Any]) -> list[Fact]:
+    """Predicted reference losses, how far they may be off, and what the fit warned of."""
+    references = report["references"] or {}
+    if references.get("kind") != "scaling_law":
+        return []
+    errors = references.get("standard_errors") or {}
+    spread = {domain: f" \u00b1 {nats(error)}" for domain, error in errors.items()}
+    value = ", ".join(f"{d} {nats(loss)}{spread.get(d, '')}" for d, loss in references["losses"].items())
+    warnings = references.get("warnings") or []
+    why = f"From sibling models, at the target's size. {_counted(len(warnings), 'warning')}" + (
+        f": {'; '.join(warnings)}." if warnings else "."
+    )
+    return [_fact("references", "info", "Reference losses are predicted", value, why)]
+
+
 def _decisions(report: dict[str, Any]) -> list[Fact]:
     """Whether every decision on the mixture follows from its recorded losses, and what measuring them cost."""
     facts = []
@@ -307,4 +322,4 @@ def _small(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.1e}"
 
 
-JUDGES = (_target, _proof, _recovery, _data, _losses, _speed, _mixture, _decisions, _run)
+JUDGES = (_target, _proof, _recovery, _data, _losses, _speed, _mixture, _predicted, _decisions, _run)

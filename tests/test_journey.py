@@ -110,6 +110,9 @@ def check_report(journey: Journey, marks: dict) -> None:
         assert shown["summary"]["tokens"] == steps * report["recipe"][phase]["global_batch_tokens"]
     assert report["scores"]["models"] == marks["scores"]["outputs"]["models"]
     assert report["references"]["losses"] == marks["references"]["outputs"]["losses"]
+    assert {"pruning", "recovery"} <= set(report["replays"])
+    for phase, replayed in report["replays"].items():
+        assert replayed["differs_at"] is None, (phase, replayed["how"])
     # the model that recovery ended with is the one that was scored: its last evaluation saw the same sequences
     last = last_rows(journey.rows("recovery"), "evaluation")[report["recipe"]["recovery"]["steps"]]
     for domain, loss in last["losses"].items():

@@ -68,6 +68,22 @@ def test_what_evaluation_cost(tmp_path):
     assert "It only measured" in fact(judged(store), "evaluation")["why"]
 
 
+def test_predicted_references_show_their_errors_and_warnings(tmp_path):
+    """A mixture steered by a guess that looks like a measurement."""
+    store = write_example(tmp_path)
+    assert "references" not in [fact["key"] for fact in judged(store)["verdict"]["facts"]]
+    mark = store.read_json("stages/references.json")
+    mark["outputs"] |= {
+        "kind": "scaling_law",
+        "standard_errors": {"code": 0.0312},
+        "warnings": ["domain tests: shallow"],
+    }
+    store.write_json("stages/references.json", mark)
+    found = fact(judged(store), "references")
+    assert "code 1.920 ± 0.031, headers 1.410, " in found["value"]
+    assert "1 warning: domain tests: shallow." in found["why"]
+
+
 def test_rule_and_teacher_in_words(tmp_path):
     store = write_example(tmp_path)
     assert "learned from a teacher" not in _page(store)
