@@ -3,8 +3,13 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 from journeys import Journey, small_journey
+
+# a busy machine is no fault of the code: nothing here is asked to be fast
+hypothesis.settings.register_profile("shear", deadline=None)
+hypothesis.settings.load_profile("shear")
 
 
 @pytest.fixture(scope="session")

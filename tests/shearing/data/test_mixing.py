@@ -25,7 +25,7 @@ def named(values: list[float]) -> dict[str, float]:
     return {f"d{i}": v / sum(values) for i, v in enumerate(values)}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(weights, st.integers(1, 40), st.integers(0, 1000))
 def test_drawn_is_within_one_sequence_of_asked_at_every_step(values, sequences, seed):
     """Catches independent draws, rounding that favours large domains, and a rare domain that starves."""
@@ -38,7 +38,7 @@ def test_drawn_is_within_one_sequence_of_asked_at_every_step(values, sequences, 
             assert state.credit[domain] == pytest.approx(p * sequences * (step + 1) - state.drawn[domain], abs=1e-6)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data(), st.integers(1, 9))
 def test_within_one_sequence_while_proportions_change_and_all_are_owed_one(data, domains):
     """Catches credit that is lost or counted twice when a new version of the proportions takes effect."""
@@ -55,7 +55,7 @@ def test_within_one_sequence_while_proportions_change_and_all_are_owed_one(data,
             assert abs(state.drawn[domain] - asked[domain]) < 1 + 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.integers(2, 9), st.integers(1, 12))
 def test_bounds_for_any_change_of_proportions(data, domains, sequences):
     """Catches a rare domain overdrawn or left behind without bound when proportions jump to and fro."""
@@ -71,7 +71,7 @@ def test_bounds_for_any_change_of_proportions(data, domains, sequences):
         assert sum(state.credit.values()) == pytest.approx(0, abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(weights, st.lists(st.integers(1, 7), min_size=1, max_size=12), st.integers(1, 33))
 def test_every_index_once_whatever_the_number_of_workers(values, worlds, sequences):
     """Catches a position that depends on the number of workers: a resized group would skip or repeat sequences."""

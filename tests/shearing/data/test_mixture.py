@@ -80,7 +80,7 @@ def test_cap_and_floor_closed_form():
     assert project(np.array([0.9, 0.09, 0.01]), 0.0, 0.7) == pytest.approx([0.7, 0.27, 0.03], abs=1e-12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9), st.floats(0, 1), st.floats(0, 1))
 def test_projection_holds_both_bounds_and_keeps_ratios(weights, low, high):
     """Catches floors broken by normalising after clipping, and order or ratios between free domains lost."""
@@ -102,7 +102,7 @@ finite = st.floats(0, 20)
 anything = st.one_of(finite, st.just(math.nan), st.just(math.inf), st.just(-math.inf))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from(RULE_WORDS),
     st.lists(st.fixed_dictionaries({"a": anything, "b": anything, "c": anything}), min_size=1, max_size=6),

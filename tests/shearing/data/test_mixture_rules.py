@@ -31,7 +31,7 @@ def test_two_domains_in_the_ball_closed_form():
     assert q_D == pytest.approx([0.1, 0.9], abs=1e-8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(0.05, 1), min_size=3, max_size=3),
     st.lists(st.floats(-3, 3), min_size=3, max_size=3),

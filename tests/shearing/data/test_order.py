@@ -35,7 +35,7 @@ def entry(shards: list[list[int]], sequence_tokens: int = 16) -> SplitEntry:
 splits = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(splits, st.integers(0, 2**31), st.integers(1, 400))
 def test_every_epoch_is_a_permutation_of_all_rows(shards, seed, unit_tokens):
     """Catches a short last row group or shard that shifts rows, so that some come twice and others never."""
@@ -47,7 +47,7 @@ def test_every_epoch_is_a_permutation_of_all_rows(shards, seed, unit_tokens):
         assert sorted((p.shard, p.row) for p in places) == everything
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(splits, st.integers(1, 400), st.integers(0, 500))
 def test_units_one_after_another_agree_with_locate(shards, unit_tokens, start):
     """Catches a stream that, rebuilt in the middle, counts on from another draw than it was asked for."""

@@ -57,7 +57,7 @@ def test_bound_holds_the_irreducible_loss_at_zero_and_says_so():
     assert free[0] == pytest.approx(free[1], abs=1e-12)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(0.08, 0.6), st.floats(0.0, 1.5), st.floats(0.2, 2.0), st.booleans())
 def test_exact_laws_are_found_again(b, c, at_first, bounded):
     """Catches a wrong inner least squares: data made from a law must give that law's values far outside."""
