@@ -33,6 +33,8 @@ def describe_row(row: Mapping[str, Any]) -> str:
     if "loss" in row:
         parts.append(f"loss {row['loss']:.3f}")
     for group, state in row.get("sparsity", {}).items():
+        if state["target"] is None:  # its target is one with the others'
+            continue
         parts.append(f"{group} {state['expected']:.2f}/{state['target']:.2f}")
     if "tokens_per_s" in row:
         parts.append(f"{row['tokens_per_s']:,.0f} tok/s")

@@ -86,7 +86,7 @@ class Watchdog:
         bad: dict[str, int] = {}
         for name, group in groups.items():
             for row, units in enumerate(group["expected_units"]):
-                if units >= self.config.least_kept_share * group["target_units"]:
+                if group["target_units"] is None or units >= self.config.least_kept_share * group["target_units"]:
                     continue
                 where = f"{name!r} in layer {row}" if len(group["expected_units"]) > 1 else f"{name!r}"
                 bad[where] = self.bad_gates.get(where, 0) + 1
