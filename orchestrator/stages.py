@@ -193,7 +193,7 @@ REFERENCES = Stage(
 )
 PRUNING = Stage(
     name="pruning",
-    title="learning what to keep",
+    title="choosing what to keep",
     keys=(*_STEERED, "pruning"),
     after=("corpus", "source", "references"),
     run=_pruning,

@@ -85,12 +85,12 @@ class OverallSparsity:
         layers = torch.ones(shape.num_layers, dtype=torch.float64)
 
         def total(name: str, size: int) -> Tensor:
-            return gates[name].double().sum(-1) if name in gates else layers * size
+            return gates[name].sum(-1, dtype=torch.float64).cpu() if name in gates else layers * size
 
         def layer(name: str) -> Tensor:
-            return gates[name].double() if name in gates else layers
+            return gates[name].double().cpu() if name in gates else layers
 
-        hidden = gates["hidden"].double().sum() if "hidden" in gates else float(shape.hidden_size)
+        hidden = total("hidden", shape.hidden_size) if "hidden" in gates else float(shape.hidden_size)
         if ratio == 1:  # a head goes with its key and value
             queries_L = key_values_L = total("head", shape.num_heads)
         else:
@@ -106,7 +106,7 @@ class OverallSparsity:
 
     def expected(self, open_p: Mapping[str, Tensor]) -> Tensor:
         """Expected sparsity over all prunable parameters, a scalar; differentiable in P(z > 0) of every gate."""
-        return 1 - self.count({name: p.cpu() for name, p in open_p.items()}) / self.total
+        return 1 - self.count(open_p) / self.total
 
     def choose(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The gates that stay at exactly the sparsity asked for, True for open; the count is at or under `budget`.

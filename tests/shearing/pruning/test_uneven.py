@@ -80,6 +80,21 @@ def test_a_model_with_fresh_weights_has_the_same_layers():
     assert {name: p.shape for name, p in fresh.named_parameters()} == {name: t.shape for name, t in tensors.items()}
 
 
+def test_tied_embeddings_stay_tied(tmp_path):
+    # catches hidden gates folded twice where the head is the embedding table
+    model = tiny_model("qwen3", GROUPED, tied=True)
+    z = overall_gates(model.config.to_dict()).deterministic(exact=True)
+    slots = attach_gates(model, family_of(model.config))
+    slots.set(z)
+    masked = logits(model)
+    slots.set(None)
+    config, tensors, _ = cut(model, z)
+    write_model_directory(tmp_path / "model", config, tensors.items())
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    assert relative_difference(logits(found), masked) < 1e-4
+
+
 def test_a_layer_that_loses_both_halves_goes_whole():
     # catches a hollow layer that costs norms and time for nothing
     model = tiny_model("qwen2", MULTI_HEAD)

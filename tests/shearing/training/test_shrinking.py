@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from phase_runs import TARGET, run_phase
+from phase_runs import SHAPE, TARGET, run_phase
 
 from shearing.evaluation.held_out import held_out_sequences
 from shearing.evaluation.losses import domain_loss_sums, mean_losses
+from shearing.models.family import shape_of
 from shearing.models.loading import load_model, read_config
 from shearing.models.parameters import prunable_parameters
 from shearing.storage import open_store
@@ -48,6 +49,30 @@ class TestForced:
         cost = proof["exact_target"]["mean"] - proof["learned"]["mean"]
         assert forced["intermediate"]["nats"] == pytest.approx(cost, abs=1e-6)
         assert abs(cost) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"num_layers": 2},
+        {"hidden_size": 36},
+        {"num_heads": 3},
+        {"num_heads": 6, "num_kv_heads": 2},
+        {"hidden_size": 36, "intermediate_size": 24},
+    ],
+    ids=["depth", "hidden", "queries", "kv_heads", "width"],
+)
+def test_any_subset_of_the_dimensions(tiny_run, one_process, tmp_path, target):
+    # catches a group that only works beside another
+    phase, folder = tiny_run.phase(pruning=True, training={"target": target, "steps": 2}), str(tmp_path / "last")
+    one_process.run(run_phase, phase, save_after=2, folder=folder)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    config = extraction(phase, folder, tmp_path / "model")
+    outputs = extract_model(config)
+    sequences = held_out_sequences(open_store(config.corpus), 5)
+    reloaded = mean_losses(domain_loss_sums(load_model(config.destination), sequences, 2, "cpu"))
+    assert agreement(outputs["proof"] | {"reloaded": with_mean(reloaded)}, "float32")["largest_difference"] < 1e-5
+    assert shape_of(read_config(config.destination)) == SHAPE.model_copy(update=target)
 
 
 def test_forced_layers_hold_from_the_first_step_to_the_files(tiny_run, one_process, tmp_path):
