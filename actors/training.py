@@ -180,11 +180,15 @@ def _train(settings: dict[str, Any], place: Place, log: "_RankLog") -> dict[str,
         name, step = checkpoint_name(checkpoint), trainer.state.step
         workers = "1 worker" if place.world == 1 else f"{place.world} workers"
         log.push(event_report(step, "resumed", f"goes on from step {step:,} with {workers}"))
-    for report in training_reports(trainer):
-        log.push(report)
-        if trainer.settled(report) and trainer.checkpoint_due():
-            log.flush()
-            name = _checkpoint(trainer, attempt)
+    try:
+        for report in training_reports(trainer):
+            log.push(report)
+            if trainer.settled(report) and trainer.checkpoint_due():
+                log.flush()
+                name = _checkpoint(trainer, attempt)
+    except TrainingDivergedError as error:
+        kept = f"the last good checkpoint is {name}" if name else "no checkpoint had been written"
+        raise TrainingDivergedError(f"{error}; {kept}. A run with other settings needs its own workspace=...") from None
     return {"checkpoint": name, "outcome": trainer.learner.outcome() if trainer.learner else {}}
 
 

@@ -35,6 +35,8 @@ def describe_row(row: Mapping[str, Any]) -> str:
     if "divergence" in row:
         parts.append(f"KL to teacher {row['divergence']:.3f}")
     for group, state in row.get("sparsity", {}).items():
+        if state["target"] is None:  # its target is one with the others'
+            continue
         parts.append(f"{group} {state['expected']:.2f}/{state['target']:.2f}")
     if "tokens_per_s" in row:
         parts.append(f"{row['tokens_per_s']:,.0f} tok/s")

@@ -127,7 +127,8 @@ def _models(recipe: Recipe, facts: SourceFacts) -> list[ModelPlan]:
     if facts.shape is None or facts.config is None:
         return []
     size = DTYPE_BYTES[recipe.engine.dtype]
-    named = [("source", facts.shape), *([("target", facts.target)] if facts.target is not None else [])]
+    shaped = facts.target is not None and recipe.pruning.target.sparsity is None
+    named = [("source", facts.shape), *([("target", facts.target)] if shaped and facts.target else [])]
     return [
         ModelPlan(
             name,
@@ -143,11 +144,17 @@ def _models(recipe: Recipe, facts: SourceFacts) -> list[ModelPlan]:
 def _gates(recipe: Recipe, facts: SourceFacts) -> dict[str, str]:
     if facts.shape is None or facts.target is None:
         return {}
-    return {
-        name: f"{spec.size:,} -> {spec.target:,}{f' in each of {spec.rows} layers' if spec.rows else ''}"
-        f" (sparsity {spec.target_sparsity:.4f}){_forced(spec)}"
-        for name, spec in pruning_groups(facts.shape, recipe.pruning).items()
-    }
+    lines = {}
+    for name, spec in pruning_groups(facts.shape, recipe.pruning).items():
+        where = f" in each of {spec.rows} layers" if spec.rows else ""
+        goal = "" if spec.target is None else f" -> {spec.target:,}{where} (sparsity {spec.target_sparsity:.4f})"
+        lines[name] = f"{spec.size:,}{goal or where}{_forced(spec)}"
+    sparsity = recipe.pruning.target.sparsity
+    if sparsity is not None and facts.config is not None:
+        whole = prunable_parameters(facts.config)
+        left = f"{whole:,} -> at most {int(whole * (1 - sparsity)):,} prunable parameters (sparsity {sparsity:.4f})"
+        lines["all together"] = f"{left}; layers of their own sizes"
+    return lines
 
 
 def _forced(spec: GroupSpec) -> str:

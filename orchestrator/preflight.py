@@ -18,7 +18,7 @@ from orchestrator.workspace import Workspace, workspace_uri
 from shearing.data.references import load_references
 from shearing.data.rule_by_path import rule_problem
 from shearing.errors import UserError
-from shearing.models.parameters import count_parameters
+from shearing.pruning.target import target_parameters
 from shearing.storage import open_store
 
 PROPORTION_TOLERANCE = 1e-6
@@ -135,7 +135,7 @@ def _reference_problems(recipe: Recipe, facts: SourceFacts) -> list[str]:
     if recipe.references.kind == "source":
         return []
     known = facts.config is not None and facts.target is not None
-    parameters = count_parameters(facts.config, facts.target) if known else 10**9
+    parameters = target_parameters(facts.config, recipe.pruning.target) if known else 10**9
     try:
         load_references(recipe.references, recipe.corpus.domains, parameters)
     except UserError as error:

@@ -53,7 +53,7 @@ def _shapes(run: RunRecord, extraction: dict[str, Any]) -> dict[str, Any] | None
     source = ((run.recipe.get("source") or {}).get("train") or {}).get("shape")
     asked = (run.recipe.get("pruning") or {}).get("target")
     if source and asked:
-        wanted = {key: size for key, size in asked.items() if size is not None}
+        wanted = {key: size for key, size in asked.items() if size is not None and key in source}
         return {"source": source, "target": {**source, **wanted}, "parameters": {}}
     return None
 

@@ -21,7 +21,8 @@ FILTERS = (
     "duration",
     "units",
 )
-NAMES = ("SHAPE_NAMES", "MODEL_NAMES", "PROOF_NAMES", "PHASE_NAMES", "MARKS", "ABSENT", "forced_sentence")
+NAMES = ("SHAPE_NAMES", "MODEL_NAMES", "PROOF_NAMES", "PHASE_NAMES", "MARKS", "ABSENT")
+FUNCTIONS = ("forced_sentence", "uneven_rows")
 
 
 def page(report: dict[str, Any]) -> str:
@@ -35,7 +36,7 @@ def page(report: dict[str, Any]) -> str:
     )
     environment.filters |= {name: getattr(report_text, name) for name in FILTERS}
     environment.filters["day"] = _day
-    environment.globals |= {name: getattr(report_text, name) for name in NAMES}
+    environment.globals |= {name: getattr(report_text, name) for name in (*NAMES, *FUNCTIONS)}
     return environment.get_template(TEMPLATE.name).render(report=report, figures=figures(report))
 
 

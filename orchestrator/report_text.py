@@ -112,6 +112,12 @@ def forced_sentence(forced: dict[str, Any]) -> str:
     return " and ".join(parts)
 
 
+def uneven_rows(layers: list[dict[str, Any]]) -> list[list[str]]:
+    """Heads, key/value heads and intermediate size of each layer of an uneven model; none where a half is absent."""
+    keys = (("num_attention_heads", "attention"), ("num_key_value_heads", "attention"), ("intermediate_size", "mlp"))
+    return [["none" if half in layer.get("skip", ()) else whole(layer[key]) for key, half in keys] for layer in layers]
+
+
 def changes_of(rows: list[int], sign: int) -> list[str]:
     """The rows that lost (-1) or gained (1) units, each with how many; a shared row has no name."""
     where = [(row, abs(change)) for row, change in enumerate(rows) if change * sign > 0]
@@ -167,7 +173,11 @@ def _shapes(report: dict[str, Any]) -> str:
     counts = shapes["parameters"]
     if counts:
         rows.append(["Parameters", whole(counts.get("source")), whole(counts.get("target"))])
-    return _table(["", "Source", "Result"], rows)
+    tables = [_table(["", "Source", "Result"], rows)]
+    if uneven := (report["extraction"] or {}).get("uneven"):
+        numbered = [[str(layer), *sizes] for layer, sizes in enumerate(uneven_rows(uneven))]
+        tables.append(_table(["Layer of the result", "Heads", "Key/value heads", "Intermediate"], numbered))
+    return "\n\n".join(tables)
 
 
 def _gates(report: dict[str, Any]) -> str:

@@ -8,9 +8,7 @@ from typing import Any
 from orchestrator.stage import Context, Stage
 from orchestrator.workspace import fingerprint
 from shearing.data.manifest import MANIFEST_NAME
-from shearing.models.family import shape_of
-from shearing.models.parameters import count_parameters
-from shearing.pruning.target import target_shape
+from shearing.pruning.target import target_parameters
 from shearing.storage import open_store
 
 _BASE = ("seed", "corpus", "source", "engine.dtype", "evaluation")
@@ -70,8 +68,8 @@ def _references(context: Context) -> dict[str, Any]:
         from shearing.models.loading import read_config
 
         config = read_config(source_model(context))
-        target = target_shape(shape_of(config), context.recipe.pruning.target)
-        found = load_references(references, domains, count_parameters(config, target))
+        parameters = target_parameters(config, context.recipe.pruning.target)
+        found = load_references(references, domains, parameters)
         losses, warnings, errors = found.losses, found.warnings, found.standard_errors
     for warning in warnings:
         context.console.warn(warning)
@@ -197,7 +195,7 @@ REFERENCES = Stage(
 )
 PRUNING = Stage(
     name="pruning",
-    title="learning what to keep",
+    title="choosing what to keep",
     keys=(*_STEERED, "pruning"),
     after=("corpus", "source", "references"),
     run=_pruning,

@@ -14,11 +14,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from shearing.errors import UserError
+from shearing.models import uneven_modeling
 from shearing.models.families import FAMILIES
 from shearing.models.family import family_of, is_tied, memory_name, stored_name
+from shearing.models.parameters import UNEVEN
 
 MAX_SHARD_BYTES = 5_000_000_000
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+UNEVEN_FILE = "modeling_uneven.py"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,10 +52,14 @@ def load_model(
     folder: str | Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A causal language model from a Hugging Face directory, in evaluation mode, with torch's own attention."""
-    return AutoModelForCausalLM.from_pretrained(
+    config = read_config(folder)
+    loader: Any = AutoModelForCausalLM
+    if UNEVEN in config:  # by our own copy of the file that lies beside such weights: nobody has to be trusted
+        loader, trust_remote_code = getattr(uneven_modeling, config["architectures"][0]), False
+    return loader.from_pretrained(
         str(folder),
         dtype=dtype,
-        attn_implementation=_attention(read_config(folder)),
+        attn_implementation=_attention(config),
         trust_remote_code=trust_remote_code,
     )
 
@@ -75,7 +82,11 @@ def new_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, see
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         attention = _attention(config)
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=attention)
+        if UNEVEN in config:
+            stock = getattr(uneven_modeling, config["architectures"][0])
+            model = stock._from_config(hf_config, dtype=torch.float32, attn_implementation=attention)
+        else:
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=attention)
     cast_parameters(model, dtype)
     return model
 
@@ -165,6 +176,8 @@ def write_model_directory(
     write_json(partial / CONFIG_FILE, written)
     if generation_config is not None:
         write_json(partial / GENERATION_FILE, generation_config)
+    if UNEVEN in config:
+        shutil.copyfile(uneven_modeling.__file__, partial / UNEVEN_FILE)
     if tokenizer_folder is not None:
         for name in TOKENIZER_FILES:
             if (Path(tokenizer_folder) / name).is_file():

@@ -1,13 +1,15 @@
 """Names and sizes of all parameters in closed form, for plans, scores and checks; importable without torch."""
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 from shearing.models.families import Family
-from shearing.models.family import config_value, family_of, has_bias, is_tied, shape_of, vocabulary_of
+from shearing.models.family import as_config_dict, config_value, family_of, has_bias, is_tied, shape_of, vocabulary_of
 from shearing.models.shape import Shape
 
 Sizes = dict[str, tuple[int, ...]]
+UNEVEN = "uneven"  # key of a config whose layers have sizes of their own; see `shearing.models.uneven_modeling`
 
 
 def _projections(family: Family, config: Any, shape: Shape) -> Sizes:
@@ -82,8 +84,21 @@ def prunable_parameters(config: Any, shape: Shape | None = None) -> int:
 
     Source: arXiv 2310.06694, section 2.1 (its sparsity leaves the same out).
     """
-    family, shape = family_of(config), shape or shape_of(config)
+    family = family_of(config)
+    uneven = as_config_dict(config).get(UNEVEN) if shape is None else None
+    if uneven:
+        return sum(_total(_present(_projections, family, config, layer)) for layer in uneven["layers"])
+    shape = shape or shape_of(config)
     return shape.num_layers * _total(_projections(family, config, shape))
+
+
+def _present(sizes: Callable[..., Sizes], family: Family, config: Any, layer: dict[str, Any]) -> Sizes:
+    """Of `sizes` at one uneven layer's own sizes, what that layer has."""
+    own = {name: layer[key] for name, key in family.dimension_keys.items() if key in layer}
+    shape, halves = shape_of(config).model_copy(update=own), as_config_dict(config)[UNEVEN]["modules"]
+    found = sizes(family, config, shape) if sizes is _projections else sizes(family, shape)
+    absent = tuple(f"{name}." for half in layer.get("skip", []) for name in halves[half])
+    return {name: size for name, size in found.items() if not name.startswith(absent)}
 
 
 def count_parameters(config: Any, shape: Shape | None = None, vocabulary: int | None = None) -> int:
@@ -94,7 +109,10 @@ def count_parameters(config: Any, shape: Shape | None = None, vocabulary: int | 
         shape: Counted at this shape; default the config's own.
         vocabulary: Rows of the embedding table; default the config's own.
     """
-    family, shape = family_of(config), shape or shape_of(config)
+    family, whole, shape = family_of(config), shape, shape or shape_of(config)
     vocabulary = vocabulary_of(config) if vocabulary is None else vocabulary
     norms = shape.num_layers * _total(_norms(family, shape))
-    return prunable_parameters(config, shape) + norms + _total(_outside(family, config, shape, vocabulary))
+    layers = as_config_dict(config).get(UNEVEN, {}).get("layers") if whole is None else None
+    if layers:
+        norms = sum(_total(_present(_norms, family, config, layer)) for layer in layers)
+    return prunable_parameters(config, whole) + norms + _total(_outside(family, config, shape, vocabulary))

@@ -6,10 +6,10 @@ from typing import Literal
 from pydantic import Field
 
 from shearing.config import Config
-from shearing.models.shape import TargetShape
+from shearing.models.shape import Shape, TargetShape
 from shearing.training.config import TrainingConfig
 
-GateGroup = Literal["layer", "hidden", "head", "kv_head", "intermediate"]
+GateGroup = Literal["layer", "hidden", "head", "kv_head", "intermediate", "attention_layer", "mlp_layer"]
 Method = Literal["learned", "magnitude", "activation", "block_influence", "random"]
 
 
@@ -32,6 +32,18 @@ class GatesConfig(Config):
     extra_penalty_growth: float = Field(1.1, ge=1, description="Of the penalty on the gap, with each extra step")
 
 
+class PruningTarget(TargetShape):
+    """The shape asked for; or, without one, how much has to go wherever that is (CoFi, arXiv 2204.00408)."""
+
+    sparsity: float | None = Field(
+        None, gt=0, lt=1, description="Share of all prunable parameters that goes; layers end uneven"
+    )
+
+    def within(self, source: Shape) -> Shape:
+        """The full shape that this target means for a given source; the source's own where it is a sparsity."""
+        return TargetShape(**self.model_dump(exclude={"sparsity"})).within(source)
+
+
 class LayerList(Config):
     """Layers whose fate is not left to the method."""
 
@@ -48,7 +60,7 @@ class PruningConfig(TrainingConfig):
     """Which units of the source model stay: learned by a training phase with gates, or chosen at once."""
 
     method: Method = "learned"
-    target: TargetShape
+    target: PruningTarget
     keep: LayerList = Field(LayerList(), description="Forced to stay")
     drop: LayerList = Field(LayerList(), description="Forced to go")
     gates: GatesConfig = GatesConfig()

@@ -48,6 +48,7 @@ def kept_units(z: Mapping[str, Tensor], source: Shape, target: Shape) -> dict[st
     kept: dict[str, list[Any]] = {}
     for name, gates in z.items():
         spec = specs[name]
+        assert spec.target is not None, name
         rows = gates.detach().float().cpu().reshape(-1, spec.size)
         widest = int(rows.count_nonzero(dim=-1).max())
         if widest > spec.target or (name == "hidden" and widest < spec.target):
@@ -61,7 +62,7 @@ def kept_units(z: Mapping[str, Tensor], source: Shape, target: Shape) -> dict[st
     return kept
 
 
-class _Indices:
+class Indices:
     """Rows and columns that stay, for every source layer."""
 
     def __init__(self, kept: Mapping[str, list[Any]], source: Shape) -> None:
@@ -99,7 +100,7 @@ def _head_rows(heads: Tensor, size: int) -> Tensor:
     return (heads[:, None] * size + torch.arange(size)).reshape(-1)
 
 
-def _reader_rows(family: Family, source: Shape, indices: _Indices, layer: int) -> dict[str, Tensor]:
+def _reader_rows(family: Family, source: Shape, indices: Indices, layer: int) -> dict[str, Tensor]:
     """Rows that stay of every projection that reads the hidden dimension, by its name in the layer."""
     heads, key_values = indices.heads(layer), indices.key_value_heads(layer)
     intermediate, size = indices.intermediate(layer), source.head_size
@@ -140,22 +141,22 @@ def extract(
         ValueError: Gates not at the exact size; weights missing, or left over that the family does not know.
     """
     source = shape_of(config)
-    indices = _Indices(kept_units(z, source, target), source)
+    indices = Indices(kept_units(z, source, target), source)
     gates = expand_gates({name: gate.detach().cpu() for name, gate in z.items()}, source)
-    _check_names(config, family, source, tensors)
+    check_names(config, family, source, tensors)
     new_config = resized_config(config, target, indices.layers)
     if dtype is not None:
         new_config.pop("torch_dtype", None)
         new_config["dtype"] = str(dtype).removeprefix("torch.")
-    weights = _Fold(family, source, tensors, gates, indices).weights(is_tied(config))
+    weights = Fold(family, source, tensors, gates, indices).weights(is_tied(config))
     return new_config, ((name, tensor.to(dtype or tensor.dtype).contiguous()) for name, tensor in weights)
 
 
-class _Fold:
+class Fold:
     """Every weight of the pruned model, cut and multiplied by its gates."""
 
     def __init__(
-        self, family: Family, source: Shape, tensors: Mapping[str, Tensor], gates: ExpandedGates, indices: _Indices
+        self, family: Family, source: Shape, tensors: Mapping[str, Tensor], gates: ExpandedGates, indices: Indices
     ) -> None:
         self._family, self._source, self._tensors = family, source, tensors
         self._gates, self._indices = gates, indices
@@ -254,7 +255,8 @@ def _row(gates_LX: Tensor | None, layer: int, kept: Tensor) -> Tensor | None:
     return None if gates_LX is None else gates_LX[layer][kept]
 
 
-def _check_names(config: Any, family: Family, source: Shape, tensors: Mapping[str, Tensor]) -> None:
+def check_names(config: Any, family: Family, source: Shape, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where weights are not those of a model of this config."""
     expected, found = set(parameter_sizes(config)), set(tensors)
     missing = sorted(expected - found)
     spare = {name for name in found - expected if not name.endswith(family.ignored_buffers)}

@@ -6,12 +6,16 @@ shape of a group, its last dimension the units of a row.
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shearing.pruning.target import GroupSpec
+from shearing.models.family import shape_of
+from shearing.pruning.config import PruningConfig
+from shearing.pruning.overall import OVERALL, OverallSparsity
+from shearing.pruning.target import GroupSpec, pruning_groups
 
 TEMPERATURE = 2 / 3
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
@@ -68,6 +72,7 @@ class Gates(nn.Module):
         initial_log_alpha: Mean of the initial values; below the clamp at log 100, so that gates start distinct.
         initial_log_alpha_std: Their standard deviation.
         seed: Of the initial values.
+        overall: What all groups together are to leave, where no group has a target of its own.
     """
 
     def __init__(
@@ -76,9 +81,10 @@ class Gates(nn.Module):
         initial_log_alpha: float = 3.0,
         initial_log_alpha_std: float = 0.1,
         seed: int = 0,
+        overall: OverallSparsity | None = None,
     ) -> None:
         super().__init__()
-        self.groups = dict(groups)
+        self.groups, self.overall = dict(groups), overall
         generator = torch.Generator().manual_seed(seed)
         self.log_alpha = nn.ParameterDict(
             {
@@ -136,15 +142,38 @@ class Gates(nn.Module):
     @torch.no_grad()
     def deterministic(self, exact: bool) -> dict[str, Tensor]:
         """Gates without noise: at the target's exact size, or at the size that the gates expect now, rounded."""
+        scores = {name: self._with_forced(name, soft_scores(a)) for name, a in self.log_alpha.items()}
+        if exact and self.overall is not None:
+            chosen = self.overall.choose({name: self._ranked(name, a) for name, a in self.log_alpha.items()})
+            return {name: score * chosen[name].to(score.device) for name, score in scores.items()}
         gates = {}
         for name, open_p in self.open_probabilities().items():
-            scores = self._with_forced(name, soft_scores(self.log_alpha[name]))
-            gates[name] = largest_gates(scores, self.groups[name].target if exact else expected_units(open_p))
+            target = self.groups[name].target if exact else expected_units(open_p)
+            assert target is not None
+            gates[name] = largest_gates(scores[name], target)
         return gates
+
+    def _ranked(self, name: str, log_alpha: Tensor) -> Tensor:
+        """`log_alpha` with infinities where a gate is forced."""
+        if name not in self._forced:
+            return log_alpha
+        forced = self._forced[name].to(log_alpha.device)
+        return torch.where(forced.isnan(), log_alpha, (2 * forced - 1) * math.inf)
 
     def expected_sparsity(self) -> dict[str, Tensor]:
         """Expected share of closed gates, differentiable: one number a layer, [rows], or a scalar for a shared row."""
         return {name: 1 - open_p.mean(-1) for name, open_p in self.open_probabilities().items()}
+
+    def constrained(self) -> dict[str, Tensor]:
+        """What the constraint holds to its targets, differentiable: every group's expected sparsity, or the overall."""
+        if self.overall is None:
+            return self.expected_sparsity()
+        return {OVERALL: self.overall.expected(self.open_probabilities())}
+
+    @property
+    def goals(self) -> Mapping[str, GroupSpec | OverallSparsity]:
+        """Whose `target_sparsity` the constraint works towards, by the names of `constrained`."""
+        return self.groups if self.overall is None else {OVERALL: self.overall}
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -157,3 +186,11 @@ class Gates(nn.Module):
         """How many gates of each row have 0.05 < P(z > 0) < 0.95: [rows], or a scalar for a shared row."""
         low, high = UNDECIDED_BAND
         return {name: ((p > low) & (p < high)).sum(-1) for name, p in self.open_probabilities().items()}
+
+
+def gates_for(model_config: Any, config: PruningConfig, seed: int = 0) -> Gates:
+    """The gates of a recipe's pruning section over a source model, from the model's config."""
+    sparsity, options = config.target.sparsity, config.gates
+    overall = None if sparsity is None else OverallSparsity(model_config, sparsity)
+    groups = pruning_groups(shape_of(model_config), config)
+    return Gates(groups, options.initial_log_alpha, options.initial_log_alpha_std, seed, overall)

@@ -44,6 +44,7 @@ def choose_units(scores: Mapping[str, Tensor], groups: Mapping[str, GroupSpec]) 
         ranked = spec.size - ranked.float()  # from size to 1, so that forced units can stand outside
         ranked[..., list(spec.kept)] = spec.size + 1.0
         ranked[..., list(spec.dropped)] = 0.0
+        assert spec.target is not None, name
         gates[name] = (largest_gates(ranked, spec.target) > 0).float()
     return gates
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shearing.pruning.config import GatesConfig
 from shearing.pruning.gates import Gates
+from shearing.pruning.overall import OVERALL, OverallSparsity
 from shearing.pruning.target import GroupSpec
 
 MOST_RISE = 1e3
@@ -66,7 +67,7 @@ class Lagrangian(nn.Module):
     """Two float32 multipliers a group, from zero; they ascend while gates and weights descend.
 
     Args:
-        groups: Group specifications by name.
+        groups: What has a target sparsity, by name: gate groups, or the overall sparsity.
         sparsity_warmup_steps: Steps over which every target sparsity ramps to its end.
         start_sparsity: Target sparsity of every group at step 0.
         extra: The steps after the regular ones, where there are any: their penalty rises.
@@ -74,7 +75,7 @@ class Lagrangian(nn.Module):
 
     def __init__(
         self,
-        groups: Mapping[str, GroupSpec],
+        groups: Mapping[str, GroupSpec | OverallSparsity],
         sparsity_warmup_steps: int = 0,
         start_sparsity: float = 0.0,
         extra: ExtraSteps | None = None,
@@ -98,7 +99,7 @@ class Lagrangian(nn.Module):
         """The constraint's part of the loss: the sum of all groups' constraints, a scalar.
 
         Args:
-            expected: Expected sparsity by group, from `Gates.expected_sparsity`.
+            expected: Expected sparsity by name, from `Gates.constrained`.
             step: Optimiser step.
         """
         targets = self.target_sparsity(step)
@@ -124,20 +125,26 @@ def sparsity_metrics(gates: Gates, lagrangian: Lagrangian, step: int) -> dict[st
     Returns:
         By group: `expected` sparsity (mean over layers), `target` sparsity now, `undecided` gates in all,
         `largest_layer_gap` of sparsity; and in units of a row `size`, `target_units` now, and for every layer (or the
-        one shared row) `expected_units` and `undecided_units`.
+        one shared row) `expected_units` and `undecided_units`. Under an overall sparsity groups have no target (None),
+        and `overall`, whose units are parameters, has.
     """
     targets, undecided = lagrangian.target_sparsity(step), gates.undecided()
+    expected, sizes = gates.expected_sparsity(), {name: spec.size for name, spec in gates.groups.items()}
+    if gates.overall is not None:
+        expected = gates.constrained() | expected
+        sizes[OVERALL] = gates.overall.total
+        undecided[OVERALL] = torch.stack([count.sum() for count in undecided.values()]).sum()
     metrics = {}
-    for name, s in gates.expected_sparsity().items():
-        size, rows = gates.groups[name].size, s.reshape(-1)
+    for name, s in expected.items():
+        size, target = sizes[name], targets.get(name)
         metrics[name] = {
             "expected": float(s.mean()),
-            "target": targets[name],
+            "target": target,
             "undecided": int(undecided[name].sum()),
-            "largest_layer_gap": float((s - targets[name]).abs().max()),
+            "largest_layer_gap": None if target is None else float((s - target).abs().max()),
             "size": size,
-            "target_units": round(size * (1 - targets[name]), 2),
-            "expected_units": [round(size * (1 - row), 2) for row in rows.tolist()],
+            "target_units": None if target is None else round(size * (1 - target), 2),
+            "expected_units": [round(size * (1 - row), 2) for row in s.reshape(-1).tolist()],
             "undecided_units": undecided[name].reshape(-1).tolist(),
         }
     return metrics
@@ -145,10 +152,10 @@ def sparsity_metrics(gates: Gates, lagrangian: Lagrangian, step: int) -> dict[st
 
 @torch.no_grad()
 def final_gaps(gates: Gates) -> dict[str, list[float]]:
-    """|expected - final target| of each group, one number a layer (one in all for a shared row)."""
+    """|expected - final target| of each group, one number a layer (one for a shared row, or for the overall)."""
     return {
-        name: (s - gates.groups[name].target_sparsity).abs().reshape(-1).tolist()
-        for name, s in gates.expected_sparsity().items()
+        name: (s - gates.goals[name].target_sparsity).abs().reshape(-1).tolist()
+        for name, s in gates.constrained().items()
     }
 
 
@@ -159,13 +166,10 @@ def unconverged(gates: Gates, tolerance: float) -> list[str]:
         wide = [f"layer {row}: {gap:.3f}" for row, gap in enumerate(gaps) if gap > tolerance]
         if not wide:
             continue
-        spec = gates.groups[name]
-        where = (
-            f"by {gaps[0]:.3f}" if spec.rows is None else f"in {len(wide)} of {len(gaps)} layers ({', '.join(wide)})"
-        )
+        where = f"by {gaps[0]:.3f}" if len(gaps) == 1 else f"in {len(wide)} of {len(gaps)} layers ({', '.join(wide)})"
         messages.append(
             f"gates of {name!r} are further than {tolerance:g} from their target sparsity "
-            f"{spec.target_sparsity:.3f} {where}"
+            f"{gates.goals[name].target_sparsity:.3f} {where}"
         )
     return messages
 

@@ -1,15 +1,18 @@
 """From a target shape to gate groups, and what is wrong with a target; importable without torch."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from shearing.models.families import Family
-from shearing.models.family import head_size_is_quotient
+from shearing.models.family import head_size_is_quotient, shape_of
+from shearing.models.parameters import count_parameters, prunable_parameters
 from shearing.models.shape import Shape, TargetShape
-from shearing.pruning.config import PruningConfig
+from shearing.pruning.config import PruningConfig, PruningTarget
 
 GROUPS = ("layer", "hidden", "head", "kv_head", "intermediate")
+OVERALL_GROUPS = ("hidden", "head", "kv_head", "intermediate", "attention_layer", "mlp_layer")
 
 
 @dataclass(frozen=True)
@@ -18,14 +21,14 @@ class GroupSpec:
 
     Attributes:
         size: Units in a row.
-        target: Units of a row that stay.
+        target: Units of a row that stay; None where only the sparsity of all groups together is asked for.
         rows: Layers, where every layer has gates of its own; None for one row that the whole model shares.
         kept: Units of every row that are forced to stay: their gates are the constant 1.
         dropped: Units of every row that are forced to go: their gates are the constant 0.
     """
 
     size: int
-    target: int
+    target: int | None
     rows: int | None = None
     kept: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
@@ -38,6 +41,7 @@ class GroupSpec:
     @property
     def target_sparsity(self) -> float:
         """Share of the units that goes: 1 - target / size."""
+        assert self.target is not None
         return 1 - self.target / self.size
 
 
@@ -49,6 +53,13 @@ def target_shape(source: Shape, target: TargetShape) -> Shape:
     if source.num_heads == source.num_kv_heads and target.num_kv_heads is None:
         shape = shape.model_copy(update={"num_kv_heads": shape.num_heads})
     return shape
+
+
+def target_parameters(config: Any, target: PruningTarget) -> int:
+    """All parameters of the pruned model, from the source model's config; of an overall sparsity as many at most."""
+    if target.sparsity is None:
+        return count_parameters(config, target_shape(shape_of(config), target))
+    return count_parameters(config) - math.ceil(prunable_parameters(config) * target.sparsity)
 
 
 def gate_groups(source: Shape, target: Shape, groups: Iterable[str] | None = None) -> dict[str, GroupSpec]:
@@ -83,11 +94,35 @@ def gate_groups(source: Shape, target: Shape, groups: Iterable[str] | None = Non
 
 def pruning_groups(source: Shape, config: PruningConfig) -> dict[str, GroupSpec]:
     """The gate groups of a recipe's pruning section, with the layers that it forces to stay or go."""
-    groups = gate_groups(source, target_shape(source, config.target), config.gates.groups)
-    if "layer" in groups:
-        kept, dropped = (layer_numbers(asked.layers, source.num_layers) for asked in (config.keep, config.drop))
-        groups["layer"] = replace(groups["layer"], kept=kept, dropped=dropped)
+    if config.target.sparsity is None:
+        groups = gate_groups(source, target_shape(source, config.target), config.gates.groups)
+    else:
+        groups = overall_groups(source, config.gates.groups)
+    kept, dropped = (layer_numbers(asked.layers, source.num_layers) for asked in (config.keep, config.drop))
+    for name in ("layer", "attention_layer", "mlp_layer"):
+        if name in groups:
+            groups[name] = replace(groups[name], kept=kept, dropped=dropped)
     return groups
+
+
+def overall_groups(source: Shape, groups: Iterable[str] | None = None) -> dict[str, GroupSpec]:
+    """The gate groups of an overall sparsity, without targets of their own (arXiv 2204.00408, section 3).
+
+    With grouped-query attention whole groups go by default; queries inside them as well where `groups` names `head`.
+    """
+    layers, ratio = source.num_layers, source.num_heads // source.num_kv_heads
+    specs = {
+        "hidden": GroupSpec(source.hidden_size, None),
+        "head": GroupSpec(source.num_heads if ratio == 1 else ratio, None, layers),
+        "kv_head": GroupSpec(source.num_kv_heads, None, layers),
+        "intermediate": GroupSpec(source.intermediate_size, None, layers),
+        "attention_layer": GroupSpec(layers, None),
+        "mlp_layer": GroupSpec(layers, None),
+    }
+    if ratio == 1:
+        del specs["kv_head"]
+    wanted = set(specs) - ({"head"} if ratio > 1 else set()) if groups is None else set(groups)
+    return {name: spec for name, spec in specs.items() if name in wanted}
 
 
 def layer_numbers(layers: Iterable[int], num_layers: int) -> tuple[int, ...]:
@@ -107,8 +142,40 @@ def check_pruning(
         path: Where it stands in the recipe, for the messages.
         source_config: Of the source model; without it nothing is known of its rotary embedding.
     """
+    if config.target.sparsity is not None:
+        return _overall_problems(family, source, config, path, source_config)
     problems = check_target(family, source, config.target, config.gates.groups, path, config=source_config)
     stay = target_shape(source, config.target).num_layers
+    return problems + _layer_list_problems(source.num_layers, stay, config, path)
+
+
+def _overall_problems(family: Family, source: Shape, config: PruningConfig, path: str, source_config: Any) -> list[str]:
+    problems = []
+    sizes = config.target.model_dump(exclude_none=True, exclude={"sparsity"})
+    if sizes:
+        problems.append(
+            f"{path}.target has a sparsity and {_listed(sizes)}; allowed: sizes, or a sparsity in their place, for "
+            f"which sizes follow. Set {path}.target.sparsity=null or take the sizes out."
+        )
+    if config.method != "learned":
+        problems.append(
+            f"{path}.method = {config.method} needs sizes to choose for, and {path}.target gives a sparsity, which "
+            f"only gates can spread over groups; allowed: learned. Set {path}.method=learned, or a shape as target."
+        )
+    possible = overall_groups(source, OVERALL_GROUPS)
+    problems += [
+        f"{path}.gates.groups has {name!r}, which has no part in an overall sparsity of this source; allowed: "
+        f"{_listed(possible)}. Remove {name!r}."
+        for name in config.gates.groups or []
+        if name not in possible
+    ]
+    if head_size_is_quotient(family, source_config or {}):
+        problems.append(
+            f"{path}.target.sparsity leaves layers with heads of their own number, and Hugging Face's "
+            f"{family.architecture} takes hidden size over heads for the head size; allowed for this family: a target "
+            f"shape. Set {path}.target.sparsity=null and sizes."
+        )
+    stay = source.num_layers - len(config.drop.layers)
     return problems + _layer_list_problems(source.num_layers, stay, config, path)
 
 

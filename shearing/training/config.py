@@ -42,9 +42,9 @@ class WatchdogConfig(Config):
     loss_steps: int = Field(5, ge=1, description="so many bad steps in a row stop the phase")
     median_steps: int = Field(50, ge=1, description="Steps of the running median")
     least_kept_share: float = Field(
-        0.25, ge=0, lt=1, description="Gates that keep less than this share of what their target leaves are bad;"
+        0.1, ge=0, lt=1, description="Gates that keep less than this share of what their target leaves are bad;"
     )
-    sparsity_steps: int = Field(10, ge=1, description="so many bad steps in a row stop the phase")
+    sparsity_steps: int = Field(20, ge=1, description="so many bad steps in a row stop the phase")
 
 
 class DistillationConfig(Config):

@@ -61,7 +61,7 @@ class MaskLearner:
             assert parameter.grad is not None
             dist.all_reduce(parameter.grad)
             parameter.grad /= world
-        constraint = self.lagrangian.loss(self.gates.expected_sparsity(), step)
+        constraint = self.lagrangian.loss(self.gates.constrained(), step)
         constraint.backward()
         # a clip of their own: mixed with the weights' norm, either could silence the other
         self.gradient_norm = float(nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip))

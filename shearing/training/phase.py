@@ -20,13 +20,12 @@ from shearing.data.source import SequenceSource
 from shearing.errors import UserError
 from shearing.evaluation.held_out import held_out_sequences
 from shearing.models.directories import local_directory
-from shearing.models.family import family_of, shape_of
+from shearing.models.family import family_of
 from shearing.models.loading import load_model, new_model, read_config
 from shearing.pruning.config import PruningConfig
-from shearing.pruning.gates import Gates
+from shearing.pruning.gates import gates_for
 from shearing.pruning.lagrangian import ExtraSteps, Lagrangian
 from shearing.pruning.masks import attach_gates
-from shearing.pruning.target import pruning_groups
 from shearing.storage import open_store
 from shearing.training.batches import BatchStream
 from shearing.training.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
@@ -144,14 +143,14 @@ def _mask_learner(phase: PhaseConfig, model: torch.nn.Module, place: Place) -> M
     if config is None:
         return None
     model_config = read_config(local_directory(phase.model))
-    family, shape = family_of(model_config), shape_of(model_config)
-    groups, options = pruning_groups(shape, config), config.gates
-    gates = Gates(groups, options.initial_log_alpha, options.initial_log_alpha_std, phase.seed)
+    gates, options = gates_for(model_config, config, phase.seed), config.gates
     gates.to(place.device)
     extra = ExtraSteps(config.steps, options.extra_penalty_growth)
-    lagrangian = Lagrangian(groups, options.sparsity_warmup_steps, options.start_sparsity, extra)
+    lagrangian = Lagrangian(gates.goals, options.sparsity_warmup_steps, options.start_sparsity, extra)
     lagrangian.to(place.device)
-    return MaskLearner(gates, lagrangian, attach_gates(model, family), config, seed=phase.seed, rank=place.rank)
+    return MaskLearner(
+        gates, lagrangian, attach_gates(model, family_of(model_config)), config, seed=phase.seed, rank=place.rank
+    )
 
 
 def save(trainer: Trainer, folder: Path) -> None:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from shearing.models.directories import local_directory
 from shearing.models.family import family_of, shape_of
 from shearing.models.loading import load_model, new_model, read_config
-from shearing.models.parameters import count_parameters
+from shearing.models.parameters import UNEVEN, count_parameters
 from shearing.pruning.extraction import extract, kept_units
-from shearing.pruning.gates import Gates
+from shearing.pruning.gates import gates_for
 from shearing.pruning.masks import attach_gates
-from shearing.pruning.target import pruning_groups, target_shape
+from shearing.pruning.target import target_shape
+from shearing.pruning.uneven import extract_uneven, largest_shape
 from shearing.storage import open_store
 from shearing.training.checkpoint import CheckpointReader
 from shearing.training.choosing import read_chosen_gates
@@ -42,7 +43,7 @@ def extract_model(config: ExportConfig) -> dict[str, Any]:
         tensors: Mapping[str, Tensor] = CheckpointTensors(reader, dtype)
         fill(masked, tensors)
         arrays = {name: torch.from_numpy(value) for name, value in reader.arrays("gates").items()}
-        gates = learned_gates(arrays, Gates(pruning_groups(shape, config.pruning)))
+        gates = learned_gates(arrays, gates_for(model_config, config.pruning))
         soft, exact = gates.deterministic(exact=False), gates.deterministic(exact=True)
     else:
         tensors = {name: parameter.detach() for name, parameter in masked.named_parameters()}
@@ -51,7 +52,13 @@ def extract_model(config: ExportConfig) -> dict[str, Any]:
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()} if device != "cpu" else tensors
     del masked
 
-    new_config, weights = extract(model_config, family_of(model_config), tensors, exact, target)
+    family = family_of(model_config)
+    if config.pruning.target.sparsity is None:
+        new_config, weights = extract(model_config, family, tensors, exact, target)
+        kept = kept_units(exact, shape, target)
+    else:
+        new_config, weights, kept = extract_uneven(model_config, family, tensors, exact)
+        target = largest_shape(new_config)
     extracted = dict(weights)
     small: nn.Module = new_model(new_config, dtype)
     small.to(device)
@@ -62,9 +69,10 @@ def extract_model(config: ExportConfig) -> dict[str, Any]:
         "model": config.destination,
         "proof": proof,
         "forced": forced,
-        "kept": kept_units(exact, shape, target),
+        "kept": kept,
         "source_shape": shape.model_dump(),
         "target_shape": target.model_dump(),
+        "uneven": new_config.get(UNEVEN, {}).get("layers"),
         "parameters": {"source": count_parameters(model_config), "target": count_parameters(new_config)},
     }
 

@@ -38,7 +38,7 @@ class Watchdog:
 
     def see_loss(self, step: int, loss: float, gradient_norm: float, learning_rate: float) -> None:
         """Judge the training loss of a step, nats a token, and the norm of its gradient."""
-        knob = f"Lower learning_rate (now {learning_rate:g}) or lengthen warmup_steps; the last checkpoint is kept"
+        knob = f"Lower learning_rate (now {learning_rate:g}) or lengthen warmup_steps"
         for what, value in (("training loss", loss), ("norm of the gradient", gradient_norm)):
             if not math.isfinite(value):
                 raise TrainingDivergedError(f"step {step}: the {what} is {value}. {knob}")
@@ -63,7 +63,7 @@ class Watchdog:
                 f"step {step}: the loss on held-out text is {loss:.4g} nats a token, above {self.limit:.3f} (allowed: "
                 f"{self.config.loss_ratio:g} times the running median of the training loss and "
                 f"{self.config.loss_margin_nats:g} more). Lower learning_rate (now {learning_rate:g}) or lengthen "
-                "warmup_steps; the last checkpoint is kept. Where this is no accident, set watchdog.loss_ratio higher"
+                "warmup_steps; where this is no accident, set watchdog.loss_ratio higher"
             )
 
     def see_gates(self, step: int, not_finite: list[str], groups: Mapping[str, Any], learning_rate: float) -> None:
@@ -76,8 +76,7 @@ class Watchdog:
             learning_rate: Of gates and multipliers.
         """
         knob = (
-            f"Lower pruning.gates.learning_rate (now {learning_rate:g}) or lengthen "
-            "pruning.gates.sparsity_warmup_steps; the last checkpoint is kept"
+            f"Lower pruning.gates.learning_rate (now {learning_rate:g}) or lengthen pruning.gates.sparsity_warmup_steps"
         )
         if not_finite:
             raise TrainingDivergedError(
@@ -86,7 +85,7 @@ class Watchdog:
         bad: dict[str, int] = {}
         for name, group in groups.items():
             for row, units in enumerate(group["expected_units"]):
-                if units >= self.config.least_kept_share * group["target_units"]:
+                if group["target_units"] is None or units >= self.config.least_kept_share * group["target_units"]:
                     continue
                 where = f"{name!r} in layer {row}" if len(group["expected_units"]) > 1 else f"{name!r}"
                 bad[where] = self.bad_gates.get(where, 0) + 1

@@ -127,6 +127,17 @@ def test_the_plan_shows_how_units_are_chosen(tmp_path):
     assert "on 40 sequences of calibration text; no mask learning" in text
 
 
+def test_the_plan_of_an_overall_sparsity(tmp_path):
+    """Catches a target shape that is the source's own, and gates that nobody counts."""
+    found = plan(tiny_recipe(tmp_path, "pruning.target={sparsity: 0.4}"))
+    assert found.problems == []
+    assert [model.name for model in found.models] == ["source"]
+    text = render_plan(found)
+    assert "197,632 -> at most 118,579 prunable parameters (sparsity 0.4000)" in text
+    assert "attention_layer" in text
+    assert "172 in each of 4 layers" in text
+
+
 def test_the_plan_starts_and_writes_nothing(tmp_path):
     recipe = tiny_recipe(tmp_path)
     before = sorted(tmp_path.rglob("*"))

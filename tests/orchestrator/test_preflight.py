@@ -56,6 +56,11 @@ BAD = [
     (["pruning.keep.layers=[0, 4]"], "pruning.keep.layers names 4, which a source with 4 layers does not have"),
     (["pruning.keep.layers=[0]", "pruning.drop.layers=[-4]"], "both name layers 0"),
     (["pruning.drop.layers=[1, 2]"], "forces 2 layers to go, but the target keeps 3 of 4"),
+    (["pruning.target.sparsity=0.5"], "pruning.target has a sparsity and num_layers, hidden_size"),
+    (["pruning.target={sparsity: 0.5}", "pruning.method=random"], "which only gates can spread over groups"),
+    (["pruning.target={sparsity: 0.5}", "pruning.gates.groups=[head, layer]"], "'layer', which has no part in an"),
+    (["pruning.gates.groups=[layer, hidden, head, intermediate, mlp_layer]"], "has 'mlp_layer', which a source"),
+    (["pruning.target={sparsity: 0.5}", "pruning.keep.layers=[7]"], "pruning.keep.layers names 7"),
     (["pruning.method=activation", "corpus.split.prune=0.00001"], "takes its calibration text from"),
 ]  # fmt: skip
 

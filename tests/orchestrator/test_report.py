@@ -386,3 +386,20 @@ def test_units_that_were_chosen_need_no_gates(tmp_path):
     fact = next(fact for fact in report["verdict"]["facts"] if fact["key"] == "target")
     assert (fact["level"], fact["value"]) == ("good", "by magnitude")
     assert "No masks were learned" in store.read_bytes("report/index.html").decode()
+
+
+def test_layers_of_their_own_sizes(tmp_path):
+    """Catches an uneven result that is shown as a plain model of its largest sizes."""
+    store = write_example(tmp_path)
+    mark = store.read_json("stages/extraction.json")
+    layer = {"num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 1077}
+    mark["outputs"]["uneven"] = [layer, {"skip": ["attention"], "intermediate_size": 12}]
+    store.write_json("stages/extraction.json", mark)
+    rows = [json.loads(line) for line in store.read_bytes("metrics/pruning.jsonl").splitlines()]
+    for row in rows:
+        for group in row.get("sparsity", {}).values():
+            group |= {"target": None, "target_units": None, "largest_layer_gap": None}
+    store.write_bytes("metrics/pruning.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    build_report(store)
+    assert "| 1 | none | none | 12 |" in store.read_bytes("report/report.md").decode()
+    assert "Layer of the result" in store.read_bytes("report/index.html").decode()

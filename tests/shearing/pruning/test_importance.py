@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import GROUPED, MULTI_HEAD, TOKENS, tiny_model
+from tiny_models import GROUPED, MULTI_HEAD, TOKENS, VARIANTS, shapes_of, tiny_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -121,17 +121,18 @@ class TestActivations:
         assert hooks() == hooked
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_can_be_scored(family):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_family_can_be_scored(variant):
     # catches a name or a shape that only one family has
-    model = tiny_model(family, GROUPED)
-    scores = activation_scores(model, FAMILIES[family], GROUPED, BATCHES) | {
-        "layer": removal_scores(model, FAMILIES[family], GROUPED, BATCHES)
-    }
-    for found in (scores, magnitude_scores(model, FAMILIES[family], GROUPED)):
-        shapes = {name: tuple(score.shape) for name, score in found.items()}
-        assert shapes == {"hidden": (24,), "intermediate": (3, 20), "head": (3, 3), "kv_head": (3, 2), "layer": (3,)}
-        assert all(torch.isfinite(score).all() and score.min() > 0 for score in found.values())
+    for shape in shapes_of(variant):
+        model, family = tiny_model(variant, shape), FAMILIES[variant.split()[0]]
+        removal = removal_scores(model, family, shape, BATCHES)
+        expected = {"hidden": (shape.hidden_size,), "intermediate": (3, 20), "head": (3, 4), "layer": (3,)}
+        if shape is GROUPED:
+            expected |= {"head": (3, 3), "kv_head": (3, 2)}
+        for found in (activation_scores(model, family, shape, BATCHES), magnitude_scores(model, family, shape)):
+            assert {name: tuple(score.shape) for name, score in found.items()} == expected
+            assert all(torch.isfinite(score).all() and score.max() > 0 for score in [*found.values(), removal])
 
 
 def test_removal_is_the_loss_of_a_model_without_the_layer(model):

@@ -172,9 +172,9 @@ class TestPhases:
     def test_a_layer_that_closes_for_good(self, tiny_run, one_process, tmp_path):
         # catches collapse that the mean over layers hides, and a checkpoint taken while it goes on
         training = {"steps": 40, "checkpoint_every_steps": 1, "evaluate_every_steps": 100}
-        step, text, saved = self.run(
-            one_process, tiny_run.phase(pruning=True, training=training), tmp_path, spoil=close_layer
-        )
+        watchdog = {"sparsity_steps": 10, "least_kept_share": 0.25}
+        phase = tiny_run.phase(pruning=True, training=training, watchdog=watchdog)
+        step, text, saved = self.run(one_process, phase, tmp_path, spoil=close_layer)
         assert step == 10  # closed after the first; ten steps in a row say so
         assert "'intermediate' in layer 2" in text
         assert saved == [1]
@@ -182,7 +182,11 @@ class TestPhases:
     def test_a_learning_rate_of_gates_that_throws_everything_away(self, tiny_run, one_process, tmp_path):
         # catches gates that learn at an absurd rate, with real steps only
         gates = {"sparsity_warmup_steps": 3, "learning_rate": 40.0, "extra_steps": 0}
-        phase = tiny_run.phase(pruning=True, training={"steps": 40, "gates": gates}, watchdog={"sparsity_steps": 3})
+        phase = tiny_run.phase(
+            pruning=True,
+            training={"steps": 40, "gates": gates},
+            watchdog={"sparsity_steps": 3, "least_kept_share": 0.25},
+        )
         step, text, _ = self.run(one_process, phase, tmp_path)
         assert step < 25
         assert "pruning.gates.learning_rate (now 40)" in text
