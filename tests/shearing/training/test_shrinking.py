@@ -57,7 +57,7 @@ class TestForced:
         {"num_layers": 2},
         {"hidden_size": 36},
         {"num_heads": 3},
-        {"num_heads": 6, "num_kv_heads": 2},
+        {"num_heads": 3, "num_kv_heads": 1},
         {"hidden_size": 36, "intermediate_size": 24},
     ],
     ids=["depth", "hidden", "queries", "kv_heads", "width"],
