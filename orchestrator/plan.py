@@ -106,8 +106,9 @@ def _method(recipe: Recipe) -> str:
     """How units are chosen, in words."""
     pruning, sequences = recipe.pruning, recipe.pruning.calibration.sequences
     tolerance, text = pruning.gates.tolerance, f"{sequences:,} sequences of calibration text"
+    held = "every group and layer" if pruning.target.sparsity is None else "all of them together"
     words = {
-        "learned": f"learned by gates; every group and layer to within {tolerance:g} of its target sparsity",
+        "learned": f"gates, learned in training; {held} to within {tolerance:g} of the target sparsity",
         "magnitude": "the largest weights",
         "activation": f"the largest activations, and the layers whose absence costs most, on {text}",
         "block_influence": f"the largest activations, and the layers that change their input most, on {text}",

@@ -59,7 +59,7 @@ def _model_lines(plan: Plan) -> Iterator[str]:
         yield "what stays"
         yield f"  {plan.method}"
         for name, text in plan.gates.items():
-            yield f"  {name:<13} {text}"
+            yield f"  {name:<15} {text}"
         yield ""
 
 
