@@ -183,6 +183,43 @@ def test_real_text_as_its_recipe_has_it(tmp_path):
     assert scratch["parameters"] == journey.json("stages/scores.json")["outputs"]["models"]["recovered"]["parameters"]
 
 
+@pytest.mark.slow
+@needs_sample
+def test_another_family_with_a_teacher(tmp_path):
+    """LayerNorms, learned positions and biases, by the words of a recipe: the mixture moved by training losses."""
+    roads = [
+        *GOLDEN,
+        f"source.model={(SHARED / 'golden/models/opt').resolve()}",
+        "pruning.target={num_layers: 3, hidden_size: 96, num_heads: 3, intermediate_size: 384}",
+        "mixture={rule: dro, loss_from: train}",
+        "recovery.distillation.weight=0.5",
+    ]
+    journey = redpajama_journey(tmp_path, *roads, "engine.workers=2", "engine.zero_stage=3")
+    target = {"num_hidden_layers": 3, "hidden_size": 96, "num_attention_heads": 3, "ffn_dim": 384}
+    check_finished(journey, journey.run(), target)
+    steps = last_rows(journey.rows("recovery"), "step")
+    assert all(row["divergence"] > 0 for row in steps.values())
+    assert [row["version"] for row in journey.rows("recovery") if row["kind"] == "mixture"]
+
+
+@pytest.mark.slow
+@needs_sample
+@pytest.mark.parametrize("road", ["pruning.method=activation", "pruning.target={sparsity: 0.4}"])
+def test_other_ways_to_choose_what_stays(tmp_path, road):
+    """Units chosen without learning, and uneven layers: the same command, proof and report."""
+    journey = redpajama_journey(tmp_path, *GOLDEN, road, "engine.workers=1")
+    done = journey.run()
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    extraction = journey.json("stages/extraction.json")["outputs"]
+    assert extraction["agrees"], extraction["largest_difference"]
+    assert extraction["parameters"]["target"] < extraction["parameters"]["source"]
+    models = journey.json("stages/scores.json")["outputs"]["models"]
+    assert models["recovered"]["parameters"] == extraction["parameters"]["target"]
+    assert models["recovered"]["mean_loss"] < models["pruned"]["mean_loss"]
+    check_nothing_is_done_again(journey, STAGES)
+
+
 @pytest.fixture
 def cluster(tmp_path):
     """A cluster by `ray start --head` with ports and a folder of its own; the environment that reaches it."""
