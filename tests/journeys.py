@@ -154,7 +154,7 @@ def redpajama_journey(folder: Path, *overrides: str) -> Journey:
         f"workspace={folder}/run",
         "engine.cpus_per_worker=0.5",
         "engine.micro_batch_sequences=2",
-        "pruning.gates.sparsity_warmup_steps=2",
+        "pruning.gates={sparsity_warmup_steps: 2, extra_steps: 0}",
         "pruning.checkpoint_every_steps=4",
         "recovery.checkpoint_every_steps=4",
         "evaluation.sequences_per_domain=4",

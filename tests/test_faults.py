@@ -152,6 +152,7 @@ def test_killed_worker_goes_on_from_the_checkpoint(ray_session, finished_journey
 def test_what_a_user_has_to_mend_is_not_tried_again(ray_session, pruning_phase, tmp_path):
     """Catches three more starts of all workers, and a traceback, for a domain that simply ran out."""
     stopping = pruning_phase.model_copy(update={"mixture": MixtureConfig(on_exhausted="stop")})
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(UserError, match="tables") as caught:
         run_phase(stopping, str(tmp_path / "run"), lambda _report: None)
     assert len(caught.value.problems) == 1
@@ -159,7 +160,7 @@ def test_what_a_user_has_to_mend_is_not_tried_again(ray_session, pruning_phase, 
     assert resumed_at(journey, "pruning") == []
     steps = [row["step"] for row in journey.rows("pruning") if row["kind"] == "step"]
     assert steps == sorted(set(steps))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C is no longer the driver's"
+    assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C is no longer the driver's"
 
 
 def test_only_whole_checkpoints_are_gone_on_from(finished_journey, tmp_path):
