@@ -120,6 +120,8 @@ def _scratch(results: Results, figures: Path) -> str:
         )
         for seed in seeds
     ]
+    if not seeds:
+        return "not run"
     known = [value for value in needed if value is not None]
     most = SCRATCH_MULTIPLES[-1]
     said = f"{spread(known, 1)} times recovery's tokens" if known else f"more than {most} times recovery's tokens"
