@@ -3,8 +3,9 @@
     python benchmarks/study/study.py [--claims scratch mixture ...] [--seeds 3] [--jobs 2] [--folder runs/study]
     python benchmarks/study/study.py --write-up        # tables and figures of what is there, into docs/
 
-Each task is a process of its own with one thread, as many at a time as there are cores (one where there is a GPU). A
-finished task is not run again, so a study that was stopped goes on where it was; more seeds or claims add to it.
+Each task is a process of its own with one thread, as many at a time as there are cores (one where there is a GPU); the
+source, which all others wait for, has every core. A finished task is not run again, so a study that was stopped goes on
+where it was; more seeds or claims add to it.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def prepare(recipe: Recipe) -> str:
 
 
 def carry_out(task: Task, overrides: list[str], corpus: str, study: Path, prints: dict[str, str]) -> dict[str, Any]:
-    """One task in this process, with one thread; its result is written last."""
+    """One task in this process; its result is written last."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -62,7 +63,7 @@ def carry_out(task: Task, overrides: list[str], corpus: str, study: Path, prints
 
     disable_progress_bar()
     logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if task.models else os.cpu_count() or 1)  # nothing runs beside the source
     folder = study / task.name
     models = {name: study / name / "model" for name in {"source", *task.models}}
     result = run_task(task, recipe_of(task, overrides), corpus, folder, models)
