@@ -35,19 +35,13 @@ def recipe_of(task: Task, overrides: list[str]) -> Recipe:
 
 def prepare(recipe: Recipe) -> str:
     """The corpus, made by this process. Returns its URI."""
-    from shearing.data.preparation import finish_preparation, plan_preparation
+    from shearing.data.preparation import prepare_in_process
     from shearing.data.tokenizer_training import ensure_trained_tokenizer
-    from shearing.data.tokenizing import load_tokenizer
-    from shearing.data.unit_work import prepare_unit
 
     assert recipe.source.train is not None
     tokenizer_dir = ensure_trained_tokenizer(recipe.corpus, recipe.source.train.tokenizer)
-    preparation = plan_preparation(recipe.corpus, tokenizer_dir)
-    if preparation.manifest is None:
-        tokenizer = load_tokenizer(tokenizer_dir, recipe.corpus.boundary_token)
-        marks = [prepare_unit(unit, preparation.config, tokenizer, preparation.corpus) for unit in preparation.pending]
-        finish_preparation(preparation, [*preparation.done, *marks])
-    return preparation.corpus.uri
+    corpus, _ = prepare_in_process(recipe.corpus, tokenizer_dir)
+    return corpus.uri
 
 
 def carry_out(task: Task, overrides: list[str], corpus: str, study: Path, prints: dict[str, str]) -> dict[str, Any]:
