@@ -108,7 +108,7 @@ class LayerwiseModel:
         self.device = torch.device(device)
         self.tensors = StoredTensors(folder)
         self._whole: Any = blank_model(self.config, dtype)
-        self._layers: list[nn.Module] = list(self._whole.get_submodule(self.family.layers))
+        self._layers = list(self._whole.get_submodule(self.family.layers).children())
         self._catchers = nn.ModuleList(_Catcher() for _ in self._layers)
         self._whole.set_submodule(self.family.layers, self._catchers)
         held = {self.family.embedding, self.family.positions, self.family.final_norm, self.family.lm_head}
