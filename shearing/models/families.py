@@ -33,7 +33,7 @@ class Family:
         positions: Table of learned positions, added to the embedding; None without one.
         position_offset: Rows of that table beyond `max_position_embeddings`.
         attention_norm: Norm between the residual stream and attention; None without one.
-        mlp_norm: The same for the MLP.
+        mlp_norm: The same for the MLP; None, too, where both read what `attention_norm` puts out (phi).
         attention_post_norm: Norm between attention and its addition to the residual stream; None without one.
         mlp_post_norm: The same for the MLP.
         query: Projections of query, key and value; one name for all three where they are fused.
@@ -49,6 +49,7 @@ class Family:
         qkv_bias: Whether query, key and value projections have a bias: always, never, or as the config key says.
         output_bias: The same of the attention's output projection.
         mlp_bias: The same of the MLP projections.
+        head_bias: Whether the LM head has one.
         attention: The implementation of attention that trains it here.
         hidden_multiple_of_heads: Hugging Face's config refuses a hidden size that is not a multiple of the heads,
             though the head size is given.
@@ -94,6 +95,7 @@ class Family:
     qkv_bias: bool | str = False
     output_bias: bool | str = False
     mlp_bias: bool | str = False
+    head_bias: bool = False
     attention: Literal["sdpa", "eager"] = "sdpa"
     hidden_multiple_of_heads: bool = False
     head_size_from_hidden: Literal["always", "long_rope"] | None = None
@@ -116,6 +118,11 @@ class Family:
     def pre_norms(self) -> tuple[str, ...]:
         """Norms of a layer that read the residual stream."""
         return tuple(name for name in (self.attention_norm, self.mlp_norm) if name is not None)
+
+    @property
+    def shared_norm(self) -> str | None:
+        """The norm that attention and MLP of a layer read together; None where each has its own, or none."""
+        return self.attention_norm if self.mlp_norm is None else None
 
     @property
     def post_norms(self) -> tuple[str, ...]:
@@ -229,6 +236,26 @@ _TABLE = (
         full_attention_key="sliding_window_pattern",
         defaults=_defaults(vocab_size=262208, **_GEMMA_2_SIZES),
         **_GEMMA_WITH_POST_NORMS,
+    ),
+    Family(
+        model_type="phi",
+        architecture="PhiForCausalLM",
+        final_norm="model.final_layernorm",
+        mlp_norm=None,
+        output="self_attn.dense",
+        gate=None,
+        up="mlp.fc1",
+        down="mlp.fc2",
+        norm="layer",
+        norm_epsilon="eps",
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        head_bias=True,
+        required=MappingProxyType({"qk_layernorm": False}),
+        defaults=_defaults(
+            vocab_size=51200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, qk_layernorm=False
+        ),
     ),
     Family(
         model_type="phi3",

@@ -77,18 +77,26 @@ def new_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, see
         dtype: Of the weights; drawn in float32 and rounded, so that types differ by rounding only.
         seed: Of the weights.
     """
-    values = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
-    hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        attention = _attention(config)
-        if UNEVEN in config:
-            stock = getattr(uneven_modeling, config["architectures"][0])
-            model = stock._from_config(hf_config, dtype=torch.float32, attn_implementation=attention)
-        else:
-            model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=attention)
+        model = _built(config, torch.float32)
     cast_parameters(model, dtype)
     return model
+
+
+def blank_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of a config without any weights or buffers: all on torch's meta device, in evaluation mode."""
+    with torch.device("meta"):
+        return _built(config, dtype).eval()
+
+
+def _built(config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    values = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(values)
+    options = {"dtype": dtype, "attn_implementation": _attention(config)}
+    if UNEVEN in config:
+        return getattr(uneven_modeling, config["architectures"][0])._from_config(hf_config, **options)
+    return AutoModelForCausalLM.from_config(hf_config, **options)
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -58,6 +58,8 @@ def _outside(family: Family, config: Any, shape: Shape, vocabulary: int) -> Size
     sizes |= _norm(family, family.final_norm, shape.hidden_size)
     if not is_tied(config):
         sizes[f"{family.lm_head}.weight"] = (vocabulary, shape.hidden_size)
+    if family.head_bias:
+        sizes[f"{family.lm_head}.bias"] = (vocabulary,)
     return sizes
 
 
