@@ -107,7 +107,7 @@ def _method(recipe: Recipe) -> str:
     assert recipe.pruning is not None
     pruning, sequences = recipe.pruning, recipe.pruning.calibration.sequences
     tolerance, text = pruning.gates.tolerance, f"{sequences:,} sequences of calibration text"
-    held = "every group and layer" if pruning.target.sparsity is None else "all of them together"
+    held = "every group and layer" if not pruning.target.is_overall else "all of them together"
     words = {
         "learned": f"gates, learned in training; {held} to within {tolerance:g} of the target sparsity",
         "magnitude": "the largest weights",
@@ -130,7 +130,7 @@ def _models(recipe: Recipe, facts: SourceFacts) -> list[ModelPlan]:
         return []
     size = DTYPE_BYTES[recipe.engine.dtype]
     named = [("source", facts.shape)]
-    if facts.target is not None and recipe.pruning is not None and recipe.pruning.target.sparsity is None:
+    if facts.target is not None and recipe.pruning is not None and not recipe.pruning.target.is_overall:
         named.append(("target", facts.target))
     return [
         ModelPlan(
@@ -152,7 +152,10 @@ def _gates(recipe: Recipe, facts: SourceFacts) -> dict[str, str]:
         where = f" in each of {spec.rows} layers" if spec.rows else ""
         goal = "" if spec.target is None else f" -> {spec.target:,}{where} (sparsity {spec.target_sparsity:.4f})"
         lines[name] = f"{spec.size:,}{goal or where}{_forced(spec)}"
-    sparsity = recipe.pruning.target.sparsity
+    sparsity, most = recipe.pruning.target.sparsity, recipe.pruning.target.parameters
+    if most is not None and facts.config is not None:
+        whole = count_parameters(facts.config)
+        lines["all together"] = f"{whole:,} -> at most {most:,} parameters, embeddings included; uneven layers"
     if sparsity is not None and facts.config is not None:
         whole = prunable_parameters(facts.config)
         left = f"{whole:,} -> at most {int(whole * (1 - sparsity)):,} prunable parameters (sparsity {sparsity:.4f})"

@@ -103,6 +103,12 @@ def _present(sizes: Callable[..., Sizes], family: Family, config: Any, layer: di
     return {name: size for name, size in found.items() if not name.startswith(absent)}
 
 
+def parameters_outside(config: Any, hidden_size: int) -> int:
+    """All parameters that are not prunable (embeddings, LM head, norms) with a residual stream of `hidden_size`."""
+    shape = shape_of(config).model_copy(update={"hidden_size": hidden_size})
+    return count_parameters(config, shape) - prunable_parameters(config, shape)
+
+
 def count_parameters(config: Any, shape: Shape | None = None, vocabulary: int | None = None) -> int:
     """All parameters of the model; a table that embedding and LM head share counts once.
 
