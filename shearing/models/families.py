@@ -40,6 +40,9 @@ class Family:
         qkv_rows: Rows of these projections: `apart` in three modules, `blocks` of all queries, all keys and all
             values, or `heads`, each with its query, key and value.
         gate: Gate projection; None where the MLP has none; the name of `up` where both are fused, gate first.
+        mlp: Modules of a layer that make up its MLP, in the order in which they run.
+        parallel: Whether attention and MLP read the same residual stream: always, never, or as the config key says.
+        dropouts: Of the outputs of attention and MLP: modules of a layer, or its attribute with the rate.
         head_norms: Norms of queries and of keys.
         head_norm_span: What they are over: each `head`, which no gate touches, or `all` heads together.
         norm: `rms`: root mean square, rounded before the weight; `rms_wide`: rounded after it; `rms_plus_one`: the
@@ -87,6 +90,9 @@ class Family:
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    mlp: tuple[str, ...] = ("mlp",)
+    parallel: bool | str = False
+    dropouts: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = ()
     head_norm_span: Literal["head", "all"] = "head"
     norm: NormKind = "rms"
@@ -246,6 +252,8 @@ _TABLE = (
         gate=None,
         up="mlp.fc1",
         down="mlp.fc2",
+        parallel=True,
+        dropouts=("resid_dropout", "resid_dropout"),
         norm="layer",
         norm_epsilon="eps",
         qkv_bias=True,
@@ -266,6 +274,7 @@ _TABLE = (
         qkv_rows="blocks",
         gate="mlp.gate_up_proj",
         up="mlp.gate_up_proj",
+        dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
         head_size_from_hidden="long_rope",
         defaults=_defaults(vocab_size=32064, hidden_size=3072, intermediate_size=8192),
     ),
@@ -297,6 +306,8 @@ _TABLE = (
         gate=None,
         up="mlp.dense_h_to_4h",
         down="mlp.dense_4h_to_h",
+        parallel="use_parallel_residual",
+        dropouts=("post_attention_dropout", "post_mlp_dropout"),
         norm="layer",
         norm_epsilon="eps",
         qkv_bias="attention_bias",
@@ -315,6 +326,7 @@ _TABLE = (
             num_hidden_layers=44,
             num_attention_heads=64,
             attention_bias=True,
+            use_parallel_residual=True,
         ),
     ),
     Family(
@@ -331,6 +343,8 @@ _TABLE = (
         gate=None,
         up="fc1",
         down="fc2",
+        mlp=("fc1", "activation_fn", "fc2"),
+        dropouts=("dropout", "dropout"),
         norm="layer",
         norm_epsilon="eps",
         qkv_bias="enable_bias",
