@@ -181,11 +181,8 @@ class SurroundingSession(RaySession):
 
     def start(self, console: Console) -> None:
         """Quiet Ray Data in this process too."""
-        if not self._joined:
-            _quiet_data(self.verbose)
-            self._joined = True
-
-    _joined = False
+        console.detail("in a task of the cluster")
+        _quiet_data(self.verbose)
 
 
 def _check_address(address: str) -> None:
