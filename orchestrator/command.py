@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import TextIO
@@ -46,12 +46,17 @@ class Command:
     dashboard: bool = False
 
 
-def run_command(command: Command, out: TextIO, err: TextIO) -> int:
-    """Do what was asked. Status: 0 done, 2 what the user can mend, 1 other failures, 128 + signal if stopped."""
+Job = Callable[[Command, Console, TextIO], int]
+
+
+def run_command(command: Command, out: TextIO, err: TextIO, job: Job | None = None) -> int:
+    """Do what was asked: one run of the recipe, or another `job`.
+
+    Status: 0 done, 2 what the user can mend, 1 other failures, 128 + signal if stopped."""
     console = Console(err, command.verbose)
     try:
         with _stop_on_signals():
-            return _run(command, console, out)
+            return (job or _run)(command, console, out)
     except UserError as error:
         _list_problems(error.problems, console)
         return TO_MEND

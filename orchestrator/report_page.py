@@ -27,6 +27,11 @@ FUNCTIONS = ("forced_sentence", "uneven_rows")
 
 def page(report: dict[str, Any]) -> str:
     """The whole page, self-contained: style, figures and text in one file, nothing loaded, no script."""
+    return page_environment().get_template(TEMPLATE.name).render(report=report, figures=figures(report))
+
+
+def page_environment() -> jinja2.Environment:
+    """What turns templates into pages, with numbers as readers see them."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -37,7 +42,7 @@ def page(report: dict[str, Any]) -> str:
     environment.filters |= {name: getattr(report_text, name) for name in FILTERS}
     environment.filters["day"] = _day
     environment.globals |= {name: getattr(report_text, name) for name in (*NAMES, *FUNCTIONS)}
-    return environment.get_template(TEMPLATE.name).render(report=report, figures=figures(report))
+    return environment
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:

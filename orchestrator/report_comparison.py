@@ -1,0 +1,147 @@
+"""The page of a comparison, from its workspace alone: comparison/index.html, comparison.json and comparison.md."""
+
+from typing import Any
+
+import yaml
+
+from orchestrator.methods import METHODS
+from orchestrator.report_comparison_page import comparison_page
+from orchestrator.report_comparison_text import comparison_markdown
+from orchestrator.report_reading import RunRecord, read_run, without_nan
+from orchestrator.report_text import nats, whole
+from shearing.evaluation.paired import Difference, paired_difference
+from shearing.storage import Store, open_store
+
+CHOOSING_STAGES = ("pruning", "extraction")
+RECOVERY_STAGES = ("recovery", "scratch")
+MOMENTS = ("before", "after")
+
+
+def build_comparison(workspace: Store) -> dict[str, Any]:
+    """Write the page of a comparison whose models are measured, and return its contents."""
+    found = without_nan(comparison_contents(workspace))
+    workspace.write_json("comparison/comparison.json", found)
+    workspace.write_bytes("comparison/comparison.md", comparison_markdown(found).encode())
+    workspace.write_bytes("comparison/index.html", comparison_page(found).encode())
+    return found
+
+
+def comparison_contents(workspace: Store) -> dict[str, Any]:
+    """Every number of the page."""
+    recipe = yaml.safe_load(workspace.read_bytes("recipe.yaml"))
+    outputs = {name: workspace.read_json(f"stages/{name}.json")["outputs"] for name in ("methods", "measures")}
+    measured = outputs["measures"]["models"]
+    source = measured["source"]
+    methods = [
+        _method(name, read_run(open_store(uri)), uri, measured) for name, uri in outputs["methods"]["runs"].items()
+    ]
+    return {
+        "name": recipe["name"],
+        "domains": list(source["losses"]),
+        "target": recipe["pruning"]["target"],
+        "source": _figures(source) | {"parameters": source["parameters"]},
+        "methods": methods,
+        "failed": outputs["methods"]["failed"],
+        "protocol": outputs["measures"]["protocol"],
+        "verdict": verdict(measured, [method["name"] for method in methods]),
+    }
+
+
+def _method(name: str, run: RunRecord, uri: str, measured: dict[str, Any]) -> dict[str, Any]:
+    result = measured[f"{name}/after"]
+    moments = {moment: measured.get(f"{name}/{moment}") for moment in MOMENTS}
+    return {
+        "name": name,
+        "title": METHODS[name].title,
+        "workspace": uri,
+        "parameters": result["parameters"],
+        "nonzero_parameters": result["nonzero_parameters"],
+        **{moment: _moment(entry, measured["source"]) for moment, entry in moments.items()},
+        **_size_and_speed(result),
+        "seconds": {
+            "choosing": _seconds(run, CHOOSING_STAGES),
+            "recovery": _seconds(run, RECOVERY_STAGES),
+        },
+        "tokens": {
+            "calibration": _calibration_tokens(run),
+            "mask_learning": _trained_tokens(run, "pruning"),
+            "recovery": sum(_trained_tokens(run, phase) for phase in RECOVERY_STAGES),
+        },
+    }
+
+
+def _moment(entry: dict[str, Any] | None, source: dict[str, Any]) -> dict[str, Any] | None:
+    if entry is None:
+        return None
+    difference = paired_difference(entry["sequence_losses"], source["sequence_losses"])
+    return _losses(entry) | {"to_source": _as_json(difference)}
+
+
+def _losses(entry: dict[str, Any]) -> dict[str, Any]:
+    wanted = ("losses", "perplexity", "mean_loss", "nonzero_parameters", "text", "tasks")
+    return {key: entry[key] for key in wanted if key in entry}
+
+
+def _figures(entry: dict[str, Any]) -> dict[str, Any]:
+    return _losses(entry) | _size_and_speed(entry)
+
+
+def _size_and_speed(entry: dict[str, Any]) -> dict[str, Any]:
+    wanted = ("disk_bytes", "peak_memory_bytes", "prefill_tokens_per_s", "prefill_quartiles", "decode_tokens_per_s",
+              "decode_quartiles")  # fmt: skip
+    return {key: entry[key] for key in wanted}
+
+
+def _seconds(run: RunRecord, stages: tuple[str, ...]) -> float:
+    return sum(run.stages[stage].get("seconds") or 0.0 for stage in stages if stage in run.stages)
+
+
+def _trained_tokens(run: RunRecord, phase: str) -> int:
+    steps = run.phases[phase].steps if phase in run.phases else []
+    return int(steps[-1]["tokens"]) if steps else 0
+
+
+def _calibration_tokens(run: RunRecord) -> int:
+    pruning = run.recipe["pruning"]
+    if pruning["method"] not in ("activation", "block_influence"):
+        return 0
+    return int(pruning["calibration"]["sequences"]) * int(run.recipe["corpus"]["sequence_tokens"])
+
+
+def _as_json(difference: Difference) -> dict[str, Any]:
+    return {
+        "nats": difference.nats,
+        "standard_error": difference.standard_error,
+        "is_noise": difference.is_noise,
+    }
+
+
+def verdict(measured: dict[str, Any], names: list[str]) -> str:
+    """Which method is best before and after recovery, by how much, and which ones cannot be told from it."""
+    sentences = [
+        sentence
+        for moment in MOMENTS
+        if (sentence := _best(moment, {n: e for n in names if (e := measured.get(f"{n}/{moment}"))}))
+    ]
+    return " ".join(sentences)
+
+
+def _best(moment: str, entries: dict[str, Any]) -> str:
+    if not entries:
+        return ""
+    best, *others = sorted(entries, key=lambda name: entries[name]["mean_loss"])
+    entry = entries[best]
+    sized = (
+        f"{nats(entry['mean_loss'])} nats a token with {whole(entry['nonzero_parameters'])} parameters that are not 0"
+    )
+    opening = f"{moment.capitalize()} recovery {METHODS[best].title} is best of {len(entries)}: {sized}"
+    if not others:
+        return f"{opening}."
+    apart = {n: paired_difference(entries[n]["sequence_losses"], entry["sequence_losses"]) for n in others}
+    equal = [name for name, difference in apart.items() if difference.is_noise]
+    second = apart[others[0]]
+    margin = f"{second.nats:.3f} ± {second.standard_error:.3f} below {METHODS[others[0]].title}"
+    if not equal:
+        return f"{opening}, {margin}, which is more than noise."
+    listed = ", ".join(METHODS[name].title for name in equal)
+    return f"{opening}, {margin}; within noise of it: {listed}."
