@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -162,6 +163,7 @@ def write_model_directory(
     *,
     tokenizer_folder: str | Path | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    records: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a Hugging Face directory that stock `AutoModelForCausalLM.from_pretrained` loads; complete or absent.
@@ -172,6 +174,7 @@ def write_model_directory(
         tensors: Weights by their names in memory, written as they come: no more than one shard is held in memory.
         tokenizer_folder: Whose tokenizer files are copied.
         generation_config: Written as generation_config.json; None writes none.
+        records: JSON files that are written too, by name.
         max_shard_bytes: Weights beyond this go to several files with an index.
     """
     folder = Path(folder)
@@ -184,6 +187,8 @@ def write_model_directory(
     write_json(partial / CONFIG_FILE, written)
     if generation_config is not None:
         write_json(partial / GENERATION_FILE, generation_config)
+    for name, record in records.items():
+        write_json(partial / name, record)
     if UNEVEN in config:
         shutil.copyfile(uneven_modeling.__file__, partial / UNEVEN_FILE)
     if tokenizer_folder is not None:
