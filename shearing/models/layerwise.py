@@ -124,6 +124,10 @@ class LayerwiseModel:
         """A decoder layer in evaluation mode; `layer(hidden_BTD, **layer_options(...)[index])` is what it puts out."""
         return self._fill(copy.deepcopy(self._layers[index]), self.family.layer_module(index, ""))
 
+    def linears(self, index: int) -> list[str]:
+        """Names of the linear layers in a decoder layer; nothing is read."""
+        return [name for name, part in self._layers[index].named_modules() if isinstance(part, nn.Linear)]
+
     def tail(self) -> Tail:
         """Final norm and LM head."""
         return Tail(self)
