@@ -27,7 +27,7 @@ LIGHT = (
     "shearing/pruning/config.py",
     "shearing/training/config.py",
 )  # fmt: skip
-HEAVY = {"torch", "ray", "transformers", "deepspeed", "matplotlib", "lm_eval"}
+HEAVY = {"torch", "ray", "transformers", "deepspeed", "matplotlib", "lm_eval", "peft"}
 
 
 def files(*folders):
@@ -113,6 +113,8 @@ def test_each_heavy_library_has_its_place(path):
         assert not used & {"matplotlib", "jinja2"}
     if not name.startswith("shearing/evaluation/"):
         assert "lm_eval" not in used
+    if name != "shearing/training/adapters.py":
+        assert "peft" not in used
 
 
 def module_file(name):

@@ -53,9 +53,7 @@ class TestAgainstPlainPeft:
         for report, expected in zip(run.of_kind("step"), history, strict=True):
             keys = ("loss", "gradient_norm")
             assert {k: report[k] for k in keys} == pytest.approx({k: expected[k] for k in keys}, abs=1e-5, rel=1e-5)
-        plain = {
-            name.removeprefix("base_model.model."): p for name, p in model.named_parameters() if p.requires_grad
-        }
+        plain = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters() if p.requires_grad}
         assert set(trained_tensors(run)) == set(plain)
         for name, parameter in plain.items():
             torch.testing.assert_close(run.tensors[name], parameter.detach(), atol=2e-5, rtol=1e-4)
@@ -68,7 +66,7 @@ class TestAgainstPlainPeft:
         for stage in (1, 2, 3):
             phase = adapted(tiny_run, {"dropout": 0.0}, stage=stage, mixture={"rule": "static"})
             runs[stage] = two_processes.run(run_phase, phase)[0]
-        history, model, *_ = plain_run(phase)
+        history, *_ = plain_run(phase)
         losses = [row["loss"] for row in history]
         for run in runs.values():
             assert [row["loss"] for row in run.of_kind("step")] == pytest.approx(losses, abs=1e-5)
@@ -94,7 +92,7 @@ class TestResumed:
 
     def test_only_adapters_are_saved(self, interrupted, tiny_run):
         # catches a base model in every checkpoint: gigabytes in place of megabytes
-        phase, whole, folder = interrupted
+        _, whole, folder = interrupted
         files = [path for path in Path(folder).iterdir() if path.name.startswith("weights-")]
         names = {name for path in files for name in CheckpointReader(open_store(folder)).weights(path.name)}
         config = read_config(tiny_run.model)
@@ -199,8 +197,8 @@ def test_every_family_takes_adapters(variant, targets, tmp_path):
     assert {name.split(".lora_")[0] for name in adapters} == set(wanted)
     sizes = adapter_sizes(config, targets)
     assert sum(parameter.numel() for parameter in adapters.values()) == 3 * sum(map(sum, sizes))
-    assert len(sizes) == len(wanted) == shape_of(config).num_layers * len(
-        projection_modules(family_of(config), targets)
+    assert (
+        len(sizes) == len(wanted) == shape_of(config).num_layers * len(projection_modules(family_of(config), targets))
     )
     with torch.no_grad():
         for number, parameter in enumerate(adapters.values()):
