@@ -115,6 +115,12 @@ def has_bias(family: Family, config: Any, trait: bool | str) -> bool:
     return trait if isinstance(trait, bool) else bool(config_value(family, config, trait))
 
 
+def is_parallel(family: Family, config: Any) -> bool:
+    """Whether attention and MLP of a layer read the same residual stream."""
+    trait = family.parallel
+    return trait if isinstance(trait, bool) else bool(config_value(family, config, trait))
+
+
 def resized_config(config: Any, target: Shape, kept_layers: list[int] | None = None) -> dict[str, Any]:
     """A config of another shape, all else as it was: vocabulary, rotary embedding, special tokens, tying.
 

@@ -10,6 +10,7 @@ from shearing.models.shape import Shape
 
 Sizes = dict[str, tuple[int, ...]]
 UNEVEN = "uneven"  # key of a config whose layers have sizes of their own; see `shearing.models.uneven_modeling`
+SLICED = "sliced"  # key of a config whose residual stream was sliced; see `shearing.models.sliced_modeling`
 
 
 def _projections(family: Family, config: Any, shape: Shape) -> Sizes:
@@ -58,16 +59,43 @@ def _outside(family: Family, config: Any, shape: Shape, vocabulary: int) -> Size
     sizes |= _norm(family, family.final_norm, shape.hidden_size)
     if not is_tied(config):
         sizes[f"{family.lm_head}.weight"] = (vocabulary, shape.hidden_size)
+    if family.head_bias:
+        sizes[f"{family.lm_head}.bias"] = (vocabulary,)
     return sizes
 
 
 def parameter_sizes(config: Any) -> Sizes:
     """Every parameter of a model by its full name; a table that embedding and LM head share is there once."""
+    if SLICED in as_config_dict(config):
+        return _sliced_sizes(config)
     family, shape = family_of(config), shape_of(config)
     layer = _projections(family, config, shape) | _norms(family, shape)
     sizes = _outside(family, config, shape, vocabulary_of(config))
     for number in range(shape.num_layers):
         sizes |= {family.layer_module(number, name): size for name, size in layer.items()}
+    return sizes
+
+
+def _sliced_sizes(config: Any) -> Sizes:
+    family, shape, description = family_of(config), shape_of(config), as_config_dict(config)[SLICED]
+    names, bias = description["names"], description["names"]["reader_bias"]
+    whole = _outside(family, config, shape, vocabulary_of(config))
+    sizes = {f"{name}.weight": (whole[f"{name}.weight"][0], description["first"]) for name in names["embeddings"]}
+    for number, layer in enumerate(description["layers"]):
+        found = {name: tuple(size) for name, size in layer["residuals"].items()}
+        for name, size in _projections(family, config, shape).items():
+            module, kind = name.rsplit(".", 1)
+            if module in layer["writers"]:
+                found[name] = (layer["writers"][module], *size[1:])
+                continue
+            found[name] = (size[0], layer["readers"][module]) if kind == "weight" else size
+            if bias:
+                found[f"{module}.bias"] = (size[0],)
+        found |= {name: size for name, size in _norms(family, shape).items() if name.startswith(family.head_norms)}
+        sizes |= {family.layer_module(number, name): size for name, size in found.items()}
+    sizes[f"{family.lm_head}.weight"] = (vocabulary_of(config), description["last"])
+    if bias or family.head_bias:
+        sizes[f"{family.lm_head}.bias"] = (vocabulary_of(config),)
     return sizes
 
 
@@ -90,12 +118,12 @@ def adapter_sizes(config: Any, halves: Iterable[str], shape: Shape | None = None
     Args:
         config: A config.json's dict or a transformers config.
         halves: Of `attention` and `mlp`.
-        shape: Counted at this shape; default the config's own, layers of their own sizes included.
+        shape: Counted at this shape; default the config's own, uneven and sliced ones included.
     """
-    family = family_of(config)
-    names = {f"{name}.weight" for name in projection_modules(family, halves)}
-    layers = _projections_of_layers(config, shape)
-    return [(size[0], size[1]) for layer in layers for name, size in layer.items() if name in names]
+    endings = tuple(f"{name}.weight" for name in projection_modules(family_of(config), halves))
+    sliced = shape is None and SLICED in as_config_dict(config)
+    layers = [_sliced_sizes(config)] if sliced else _projections_of_layers(config, shape)
+    return [(size[0], size[1]) for layer in layers for name, size in layer.items() if name.endswith(endings)]
 
 
 def _projections_of_layers(config: Any, shape: Shape | None) -> list[Sizes]:
@@ -108,7 +136,7 @@ def _projections_of_layers(config: Any, shape: Shape | None) -> list[Sizes]:
 
 
 def prunable_parameters(config: Any, shape: Shape | None = None) -> int:
-    """Parameters of attention and MLP projections: all but embeddings, LM head and norms.
+    """Parameters of attention and MLP projections, and of residual matrices: all but embeddings, LM head and norms.
 
     Args:
         config: A config.json's dict or a transformers config; its family and biases count.
@@ -116,6 +144,9 @@ def prunable_parameters(config: Any, shape: Shape | None = None) -> int:
 
     Source: arXiv 2310.06694, section 2.1 (its sparsity leaves the same out).
     """
+    family = family_of(config)
+    if shape is None and SLICED in as_config_dict(config):
+        return _total({name: size for name, size in _sliced_sizes(config).items() if name.startswith(family.layers)})
     return sum(map(_total, _projections_of_layers(config, shape)))
 
 
@@ -136,6 +167,8 @@ def count_parameters(config: Any, shape: Shape | None = None, vocabulary: int | 
         shape: Counted at this shape; default the config's own.
         vocabulary: Rows of the embedding table; default the config's own.
     """
+    if shape is None and SLICED in as_config_dict(config):
+        return _total(_sliced_sizes(config))
     family, whole, shape = family_of(config), shape, shape or shape_of(config)
     vocabulary = vocabulary_of(config) if vocabulary is None else vocabulary
     norms = shape.num_layers * _total(_norms(family, shape))
