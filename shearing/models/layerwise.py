@@ -122,7 +122,11 @@ class LayerwiseModel:
 
     def layer(self, index: int) -> nn.Module:
         """A decoder layer in evaluation mode; `layer(hidden_BTD, **layer_options(...)[index])` is what it puts out."""
-        return self._fill(copy.deepcopy(self._layers[index]), self.family.layer_module(index, ""))
+        return self._fill(self.blank_layer(index), self.family.layer_module(index, ""))
+
+    def blank_layer(self, index: int) -> nn.Module:
+        """A decoder layer without weights, on the meta device."""
+        return copy.deepcopy(self._layers[index])
 
     def tail(self) -> Tail:
         """Final norm and LM head."""

@@ -17,8 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from shearing.errors import UserError
 from shearing.models import sliced_modeling, uneven_modeling
 from shearing.models.families import FAMILIES
-from shearing.models.family import family_of, is_tied, memory_name, stored_name
-from shearing.models.parameters import SLICED, UNEVEN
+from shearing.models.family import SLICED, family_of, is_tied, memory_name, stored_name
+from shearing.models.parameters import UNEVEN
 
 MAX_SHARD_BYTES = 5_000_000_000
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"

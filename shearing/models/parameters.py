@@ -5,12 +5,20 @@ from math import prod
 from typing import Any
 
 from shearing.models.families import Family
-from shearing.models.family import as_config_dict, config_value, family_of, has_bias, is_tied, shape_of, vocabulary_of
+from shearing.models.family import (
+    SLICED,
+    as_config_dict,
+    config_value,
+    family_of,
+    has_bias,
+    is_tied,
+    shape_of,
+    vocabulary_of,
+)
 from shearing.models.shape import Shape
 
 Sizes = dict[str, tuple[int, ...]]
 UNEVEN = "uneven"  # key of a config whose layers have sizes of their own; see `shearing.models.uneven_modeling`
-SLICED = "sliced"  # key of a config whose residual stream was sliced; see `shearing.models.sliced_modeling`
 
 
 def _projections(family: Family, config: Any, shape: Shape) -> Sizes:
@@ -80,7 +88,9 @@ def _sliced_sizes(config: Any) -> Sizes:
     family, shape, description = family_of(config), shape_of(config), as_config_dict(config)[SLICED]
     names, bias = description["names"], description["names"]["reader_bias"]
     whole = _outside(family, config, shape, vocabulary_of(config))
-    sizes = {f"{name}.weight": (whole[f"{name}.weight"][0], description["first"]) for name in names["embeddings"]}
+    sizes: Sizes = {
+        f"{name}.weight": (whole[f"{name}.weight"][0], description["first"]) for name in names["embeddings"]
+    }
     for number, layer in enumerate(description["layers"]):
         found = {name: tuple(size) for name, size in layer["residuals"].items()}
         for name, size in _projections(family, config, shape).items():

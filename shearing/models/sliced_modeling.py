@@ -104,8 +104,7 @@ def _resize(
     parent: nn.Module, name: str, *, inputs: int | None = None, outputs: int | None = None, bias: bool = False
 ) -> None:
     old: Any = parent.get_submodule(name)
-    made = nn.utils.skip_init(
-        nn.Linear,
+    made = nn.Linear(
         inputs or old.in_features,
         outputs or old.out_features,
         bias=bias or old.bias is not None,

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shearing.models.family import SLICED
 from shearing.models.layerwise import LayerwiseModel
 from shearing.models.sliced_modeling import slice_layer
-from shearing.models.parameters import SLICED
 from shearing.pruning.slicing.config import SlicingConfig
-from shearing.pruning.slicing.fusion import centred_rows, fused_linear
+from shearing.pruning.slicing.fusion import centred_rows
 from shearing.pruning.slicing.plan import sliced_config
+from shearing.pruning.slicing.weights import RotatedWeights
 
 
 class CalibrationShare:
@@ -44,7 +45,7 @@ class CalibrationShare:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> None:
-        self._model = LayerwiseModel(folder, dtype, device)
+        self._model, self._dtype = LayerwiseModel(folder, dtype, device), dtype
         self._tokens_NT, self._mask_NT = tokens_NT, attention_mask_NT
         starts = range(0, len(tokens_NT), batch_sequences)
         self._batches = [slice(start, start + batch_sequences) for start in starts]
@@ -99,19 +100,17 @@ class CalibrationShare:
                 added = module.feed(module.norm("mlp", hidden))
             self._hidden[number] = self._without_padding(hidden + added, rows)
 
+    @torch.no_grad()
     def _fused(self, index: int) -> Any:
+        """A layer of its own size between bare norms; in memory until the next one is asked for."""
         if self._layer is None or self._layer[0] != index:
-            self._layer = None  # before the next one is read
-            family, module = self._model.family, self._model.layer(index)
-            tensors = {family.layer_module(index, name): tensor for name, tensor in module.state_dict().items()}
-            sizes = self._sizes[index]
+            self._layer = None
+            model, sizes = self._model, self._sizes[index]
+            module = model.blank_layer(index)
             slice_layer(module, self._names, sizes | {"residuals": {}}, self._size)
-            for name in (*sizes["readers"], *sizes["writers"]):
-                linear, fused = module.get_submodule(name), fused_linear(family, tensors, index, name)
-                linear.weight.copy_(fused.weight)
-                if fused.bias is not None:
-                    linear.bias.copy_(fused.bias)
-            self._layer = (index, module.eval())
+            weights = RotatedWeights(model.family, model.tensors, self._dtype)
+            module.load_state_dict(dict(weights.fused_layer(index)), assign=True)
+            self._layer = (index, module.to(model.device).eval())
         return self._layer[1]
 
     def _mask_of(self, rows: slice) -> Tensor | None:

@@ -6,13 +6,15 @@ divides by the root mean square alone, so the stream can be rotated. Where norms
 Shape suffixes: O, I output and input size of a linear layer, D hidden, V rows of a table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
 from shearing.models.families import Family
 from shearing.pruning.slicing.plan import attention_readers
+
+CHUNK_ROWS = 8192  # of a table over the vocabulary that are in float64 at once
 
 
 class Linear(NamedTuple):
@@ -41,13 +43,15 @@ def fused_linear(family: Family, tensors: Mapping[str, Tensor], layer: int, name
     return _behind_norm(family, tensors, family.layer_module(layer, norm), linear)
 
 
-def fused_head(family: Family, tensors: Mapping[str, Tensor]) -> Linear:
-    """The LM head behind a bare norm, in float64; its own weights where it was the embedding table."""
+def fused_head(family: Family, tensors: Mapping[str, Tensor]) -> Iterator[Linear]:
+    """Rows of the LM head behind a bare norm, in float64, some at a time; the embedding's where both are one table."""
     weight = tensors.get(f"{family.lm_head}.weight")
     bias = tensors.get(f"{family.lm_head}.bias")
     weight = tensors[f"{family.embedding}.weight"] if weight is None else weight
-    linear = Linear(weight.double(), None if bias is None else bias.double())
-    return _behind_norm(family, tensors, family.final_norm, linear)
+    for start in range(0, len(weight), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        part = Linear(weight[rows].double(), None if bias is None else bias[rows].double())
+        yield _behind_norm(family, tensors, family.final_norm, part)
 
 
 def centred_rows(family: Family, rows_VD: Tensor) -> Tensor:

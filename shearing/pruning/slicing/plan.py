@@ -9,6 +9,7 @@ from typing import Any
 
 from shearing.models.families import Family
 from shearing.models.family import (
+    SLICED,
     as_config_dict,
     check_config,
     check_shape,
@@ -18,7 +19,7 @@ from shearing.models.family import (
     resized_config,
     shape_of,
 )
-from shearing.models.parameters import SLICED, UNEVEN, count_parameters
+from shearing.models.parameters import UNEVEN, count_parameters
 from shearing.pruning.slicing.config import DEFAULT_FRACTION, SlicingConfig
 
 MULTIPLE = 8  # of dimensions kept for a fraction, as in the published code

@@ -37,8 +37,8 @@ class SlicingWork:
             if found["settings"] != self._settings:
                 differs = sorted(key for key, value in self._settings.items() if found["settings"].get(key) != value)
                 raise UserError(
-                    f"{self._folder} holds a slicing run that was started with another {', '.join(differs)}. Go on with "
-                    "what it was started with, or name another folder, or delete this one."
+                    f"{self._folder} holds a slicing run that was started with another {', '.join(differs)}. Go on "
+                    "with what it was started with, or name another folder, or delete this one."
                 )
             self.finished = found["finished"]
 
