@@ -1,5 +1,6 @@
 """What a recipe means for its phases: settings of training, choosing and export, as plain values for the workers."""
 
+from actors.slicing import SlicingSettings
 from orchestrator.recipe import Recipe
 from shearing.training.choosing import ChoosingConfig
 from shearing.training.config import RecoveryConfig, TrainingConfig
@@ -40,6 +41,7 @@ def phase_config(
         watchdog=recipe.watchdog,
         seed=recipe.seed,
         distillation=distillation,
+        lora=recipe.recovery.lora if recipe.recovery is not None and name == "recovery" else None,
     )
 
 
@@ -52,9 +54,12 @@ def training_config(recipe: Recipe, name: PhaseName) -> TrainingConfig:
         assert recipe.pruning is not None
         return recipe.pruning
     assert recipe.recovery is not None
+    rate = recipe.recovery.learning_rate
     if name == "scratch" and recipe.scratch is not None and recipe.scratch.learning_rate is not None:
-        return recipe.recovery.model_copy(update={"learning_rate": recipe.scratch.learning_rate})
-    return recipe.recovery
+        rate = recipe.scratch.learning_rate
+    if name == "recovery" and recipe.recovery.lora is not None:
+        rate = recipe.recovery.lora.learning_rate
+    return recipe.recovery.model_copy(update={"learning_rate": rate})
 
 
 def choosing_config(recipe: Recipe, *, source: str, destination: str, corpus: str) -> ChoosingConfig:
@@ -69,6 +74,21 @@ def choosing_config(recipe: Recipe, *, source: str, destination: str, corpus: st
         dtype=recipe.engine.dtype,
         trust_remote_code=recipe.source.trust_remote_code,
         pruning=recipe.pruning,
+        seed=recipe.seed,
+    )
+
+
+def slicing_settings(recipe: Recipe, *, source: str, destination: str, work: str, corpus: str) -> SlicingSettings:
+    """Slicing a source model; directories and the corpus by path or URI, `work` for what is in progress."""
+    assert recipe.slicing is not None
+    return SlicingSettings(
+        source=source,
+        destination=destination,
+        work=work,
+        corpus=corpus,
+        proportions=proportions(recipe),
+        slicing=recipe.slicing,
+        engine=recipe.engine,
         seed=recipe.seed,
     )
 

@@ -4,18 +4,19 @@ Loads neither torch nor Ray.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from orchestrator.data_forecast import DomainUse, Supply, data_use, find_text, phases_of
 from orchestrator.memory_forecast import DTYPE_BYTES, WorkerMemory, checkpoint_bytes, gate_count, worker_memory
 from orchestrator.preflight import preflight, supply_of
 from orchestrator.recipe import Recipe
 from orchestrator.run import stages_of
-from orchestrator.settings_in_words import distillation_in_words, mixture_in_words
+from orchestrator.settings_in_words import distillation_in_words, lora_in_words, mixture_in_words
 from orchestrator.source_model import SourceFacts, inspect_source
 from orchestrator.teacher_model import teacher_parameters
 from orchestrator.workspace import Mark, Workspace, open_workspace, workspace_uri
 from shearing.models.family import vocabulary_of
-from shearing.models.parameters import count_parameters, prunable_parameters
+from shearing.models.parameters import adapter_sizes, count_parameters, prunable_parameters
 from shearing.models.shape import Shape
 from shearing.pruning.target import GroupSpec, pruning_groups
 from shearing.training.config import EngineConfig
@@ -64,6 +65,7 @@ class Plan:
     engine: EngineConfig
     mixture: str
     distillation: str
+    lora: str
     method: str
     stages: list[StagePlan]
     models: list[ModelPlan]
@@ -91,6 +93,7 @@ def plan(recipe: Recipe) -> Plan:
         engine=recipe.engine,
         mixture=mixture_in_words(recipe.mixture),
         distillation=distillation_in_words(recipe.recovery.distillation if recipe.recovery else None),
+        lora=lora_in_words(recipe.recovery.lora if recipe.recovery else None),
         method=_method(recipe),
         stages=[StagePlan(stage.name, stage.title, _state(marks.get(stage.name))) for stage in stages_of(recipe)],
         models=_models(recipe, facts),
@@ -168,6 +171,12 @@ def _forced(spec: GroupSpec) -> str:
     return "".join(f"; {words}: {', '.join(map(str, units))}" for words, units in parts if units)
 
 
+def adapter_parameters(recipe: Recipe, config: dict[str, Any], shape: Shape) -> int:
+    """Parameters of the adapters that recovery trains in a model of a shape; 0 where it trains every weight."""
+    lora = recipe.recovery.lora if recipe.recovery is not None else None
+    return 0 if lora is None else sum(lora.rank * sum(size) for size in adapter_sizes(config, lora.targets, shape))
+
+
 def _phases(recipe: Recipe, facts: SourceFacts) -> list[PhasePlan]:
     plans = []
     engine, sequence_tokens = recipe.engine, recipe.corpus.sequence_tokens
@@ -178,16 +187,18 @@ def _phases(recipe: Recipe, facts: SourceFacts) -> list[PhasePlan]:
             parameters = count_parameters(facts.config, shape)
             masked = recipe.pruning if phase.name == "pruning" and facts.target is not None else None
             gates = gate_count(pruning_groups(facts.shape, masked).values()) if masked is not None else 0
+            adapters = adapter_parameters(recipe, facts.config, shape) if phase.name == "recovery" else 0
             memory = worker_memory(
                 parameters,
                 shape,
                 vocabulary_of(facts.config),
                 engine,
                 sequence_tokens=sequence_tokens,
+                adapters=adapters,
                 gates=gates,
                 teacher_parameters=teacher_parameters(recipe, facts) if phase.name == "recovery" else 0,
             )
-            checkpoint = checkpoint_bytes(parameters, gates)
+            checkpoint = checkpoint_bytes(adapters or parameters, gates)
         training = phase.training
         sequences = training.global_batch_tokens // sequence_tokens
         plans.append(

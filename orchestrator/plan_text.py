@@ -35,6 +35,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from _phase_lines(plan)
     yield f"mixture       {plan.mixture}"
     yield f"distillation  {plan.distillation}"
+    yield f"LoRA          {plan.lora}"
     yield ""
     yield from _data_lines(plan)
     if plan.problems:

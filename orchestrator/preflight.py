@@ -18,6 +18,7 @@ from orchestrator.workspace import Workspace, workspace_uri
 from shearing.data.references import load_references
 from shearing.data.rule_by_path import rule_problem
 from shearing.errors import UserError
+from shearing.models.parameters import adapter_sizes
 from shearing.pruning.config import PruningConfig
 from shearing.storage import open_store
 
@@ -32,6 +33,7 @@ def preflight(recipe: Recipe) -> list[str]:
     facts = inspect_source(recipe)
     problems += facts.problems
     problems += teacher_problems(recipe, facts)
+    problems += _lora_problems(recipe, facts)
     problems += _schedule_problems(recipe)
     problems += _reference_problems(recipe, facts)
     problems += _mixture_problems(recipe)
@@ -66,6 +68,20 @@ def _proportion_problems(recipe: Recipe) -> list[str]:
             "has to be below 1. Set corpus.split.prune lower."
         )
     return problems
+
+
+def _lora_problems(recipe: Recipe, facts: SourceFacts) -> list[str]:
+    lora = recipe.recovery.lora if recipe.recovery is not None else None
+    if lora is None or facts.config is None or facts.target is None:
+        return []
+    narrowest = min(min(size) for size in adapter_sizes(facts.config, lora.targets, facts.target))
+    if lora.rank <= narrowest:
+        return []
+    return [
+        f"recovery.lora.rank = {lora.rank}, but the narrowest linear of {' and '.join(lora.targets)} in the model that "
+        f"is recovered has {narrowest} rows or columns, so no change of it has a higher rank; allowed: 1 to "
+        f"{narrowest}. Set recovery.lora.rank={narrowest} or lower, or recovery.lora=null to train every weight."
+    ]
 
 
 def _schedule_problems(recipe: Recipe) -> list[str]:

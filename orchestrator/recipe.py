@@ -1,6 +1,7 @@
 """The recipe: everything one run is told, from one YAML file and overrides on the command line."""
 
 import difflib
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -9,7 +10,10 @@ from shearing.data.config import CorpusConfig, MixtureConfig, ReferencesConfig, 
 from shearing.evaluation.config import TasksConfig, TextConfig
 from shearing.models.shape import Shape
 from shearing.pruning.config import PruningConfig
+from shearing.pruning.slicing.config import SlicingConfig
 from shearing.training.config import EngineConfig, EvaluationConfig, RecoveryConfig, TrainingConfig, WatchdogConfig
+
+MethodSection = Literal["pruning", "slicing"]
 
 
 class SourceTrainingConfig(TrainingConfig):
@@ -76,7 +80,7 @@ class ComparisonConfig(Config):
 
 
 class Recipe(Config):
-    """One run, whole."""
+    """One run, whole. Of the sections `pruning` and `slicing` a run uses one: `only` takes the others out."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     workspace: str | None = Field(None, description="Folder or URI of the run; default runs/<name>")
@@ -87,9 +91,26 @@ class Recipe(Config):
     mixture: MixtureConfig = MixtureConfig()
     engine: EngineConfig = EngineConfig()
     pruning: PruningConfig | None = None
+    slicing: SlicingConfig | None = None
     recovery: RecoveryConfig | None = None
     scratch: ScratchConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     scores: ScoresConfig = ScoresConfig()
     comparison: ComparisonConfig | None = None
+
+    def only(self, method: MethodSection) -> "Recipe":
+        """The recipe of a run that uses one method: everything that runs, plans or reports reads off it which.
+
+        A recipe without a section for slicing slices by that section's defaults, in a workspace of its own.
+        """
+        if method == "pruning":
+            return self.model_copy(update={"slicing": None})
+        return self.model_copy(
+            update={
+                "pruning": None,
+                "slicing": self.slicing or SlicingConfig(),
+                "scratch": None,  # no stock model has the shape of a sliced one
+                "workspace": self.workspace or f"runs/{self.name}-sliced",
+            }
+        )

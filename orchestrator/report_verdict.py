@@ -148,6 +148,9 @@ def _recovery(report: dict[str, Any]) -> list[Fact]:
         )
         title = "Continued training healed the model" if healed else "Continued training did not help"
         facts.append(_fact("recovery", "good" if healed else "bad", title, value, why))
+    if lora := report["settings"]["lora"]:
+        why = "Continued training moved low-rank adapters alone; all other weights are as they were before it."
+        facts.append(_fact("lora", "info", "Recovery by LoRA", lora, why))
     if scratch is not None:
         better = recovered < scratch
         title = "Pruning beat training from nothing" if better else "Training from nothing did as well or better"

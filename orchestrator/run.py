@@ -15,19 +15,28 @@ from orchestrator.stages import (
     REPORT,
     SCORES,
     SCRATCH,
+    SLICING,
     SOURCE,
 )
 from orchestrator.workspace import open_workspace
 from orchestrator.workspace_lock import lock_workspace
 from shearing.errors import UserError
 
-STAGES = (CORPUS, SOURCE, REFERENCES, PRUNING, EXTRACTION, RECOVERY, SCRATCH, SCORES, REPORT)
+STAGES = (CORPUS, SOURCE, REFERENCES, PRUNING, EXTRACTION, SLICING, RECOVERY, SCRATCH, SCORES, REPORT)
+# Stages that a run has only where its recipe has a section.
+ASKED_BY = {
+    "pruning": "pruning",
+    "extraction": "pruning",
+    "slicing": "slicing",
+    "recovery": "recovery",
+    "scratch": "scratch",
+}
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
     """The stages that a recipe asks for, in order."""
-    left_out = {"scratch"} if recipe.scratch is None else set()
-    return [stage for stage in STAGES if stage.name not in left_out]
+    absent = {name for name, section in ASKED_BY.items() if getattr(recipe, section) is None}
+    return [stage for stage in STAGES if stage.name not in absent]
 
 
 def run_recipe(recipe: Recipe, console: Console, session: RaySession, stages: Sequence[Stage] | None = None) -> Context:

@@ -1,7 +1,7 @@
 """Settings of a recipe as a person would say them, for the plan and the report."""
 
 from shearing.data.config import STILL_RULES, MixtureConfig
-from shearing.training.config import DistillationConfig
+from shearing.training.config import DistillationConfig, LoraConfig
 
 _RULES = {
     "static": "held at the prior",
@@ -49,4 +49,16 @@ def distillation_in_words(distillation: DistillationConfig | None) -> str:
     return (
         f"{text:g} cross-entropy + {taught:g} KL to {teacher} at temperature {distillation.temperature:g}, in "
         "continued pretraining; the teacher stands whole on every worker"
+    )
+
+
+def lora_in_words(lora: LoraConfig | None) -> str:
+    """What continued pretraining trains, in one line."""
+    if lora is None:
+        return "none: continued pretraining trains every weight"
+    result = "added to the weights at the end" if lora.merge else "kept as files beside the weights"
+    where = f"on every linear of {' and '.join(lora.targets)}"
+    return (
+        f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout:g} {where}; "
+        f"learning rate {lora.learning_rate:g}; {result}"
     )

@@ -30,7 +30,7 @@ LIGHT = (
     "orchestrator/methods.py", "orchestrator/comparison_checks.py", "orchestrator/comparison_run.py",
     "orchestrator/comparison_stages.py", "orchestrator/comparison_command.py", "shearing/evaluation/paired.py",
 )  # fmt: skip
-HEAVY = {"torch", "ray", "transformers", "deepspeed", "matplotlib", "lm_eval"}
+HEAVY = {"torch", "ray", "transformers", "deepspeed", "matplotlib", "lm_eval", "peft"}
 
 
 def files(*folders):
@@ -117,6 +117,8 @@ def test_each_heavy_library_has_its_place(path):
     if name != "shearing/evaluation/harness.py":
         assert "lm_eval" not in used
     assert "lm_eval" not in tops(path, only_on_loading=True), "it may not be installed"
+    if name != "shearing/training/adapters.py":
+        assert "peft" not in used
 
 
 def module_file(name):

@@ -62,6 +62,7 @@ BAD = [
     (["pruning.target={sparsity: 0.5}", "pruning.gates.groups=[head, layer]"], "'layer', which has no part in an"),
     (["pruning.gates.groups=[layer, hidden, head, intermediate, mlp_layer]"], "has 'mlp_layer', which a source"),
     (["pruning.target={sparsity: 0.5}", "pruning.keep.layers=[7]"], "pruning.keep.layers names 7"),
+    (["recovery.lora.rank=49"], "allowed: 1 to 48. Set recovery.lora.rank=48"),
     (["pruning.method=activation", "corpus.split.prune=0.00001"], "takes its calibration text from"),
 ]  # fmt: skip
 
