@@ -20,10 +20,12 @@ import torch
 from actors.tasks import task_result
 from shearing.config import Config
 from shearing.data.calibration import calibration_tokens
+from shearing.data.manifest import load_manifest
 from shearing.models.directories import local_directory, publish_directory
 from shearing.pruning.slicing.calibration import CalibrationShare
 from shearing.pruning.slicing.config import SlicingConfig
-from shearing.pruning.slicing.driver import LayerReport, SlicingReport, slice_model
+from shearing.pruning.slicing.driver import SlicingReport, slice_model
+from shearing.pruning.slicing.job import LayerReport
 from shearing.pruning.slicing.work import STATE_FILE
 from shearing.storage import Store, open_store
 from shearing.training.config import EngineConfig
@@ -154,7 +156,8 @@ def _workers(settings: SlicingSettings) -> Iterator[SharesOnCluster]:
     options = {"num_cpus": engine.cpus_per_worker, "num_gpus": engine.gpus_per_worker}
     remote: Any = ray.remote(CalibrationWorker).options(**options)
     workers = [remote.remote(settings, rank, world) for rank in range(world)]
-    text = f"{settings.corpus} {settings.seed} {settings.slicing.calibration.sequences} {settings.proportions}"
+    fingerprint = load_manifest(open_store(settings.corpus)).fingerprint
+    text = f"{settings.slicing.calibration.sequences} sequences of {fingerprint}, seed {settings.seed}"
     try:
         yield SharesOnCluster(workers, text)
     finally:

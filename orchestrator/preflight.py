@@ -72,9 +72,10 @@ def _proportion_problems(recipe: Recipe) -> list[str]:
 
 def _lora_problems(recipe: Recipe, facts: SourceFacts) -> list[str]:
     lora = recipe.recovery.lora if recipe.recovery is not None else None
-    if lora is None or facts.config is None or facts.target is None:
+    if lora is None or facts.result is None:
         return []
-    narrowest = min(min(size) for size in adapter_sizes(facts.config, lora.targets, facts.target))
+    config, shape = facts.result
+    narrowest = min(min(size) for size in adapter_sizes(config, lora.targets, shape))
     if lora.rank <= narrowest:
         return []
     return [
@@ -154,7 +155,7 @@ def _listed(values: list[int]) -> str:
 def _reference_problems(recipe: Recipe, facts: SourceFacts) -> list[str]:
     if recipe.references.kind == "source":
         return []
-    known = facts.config is not None and facts.target is not None
+    known = facts.result is not None and facts.config is not None
     parameters = result_parameters(recipe, facts.config) if known and facts.config else 10**9
     try:
         load_references(recipe.references, recipe.corpus.domains, parameters)
@@ -226,15 +227,23 @@ def _supply_problems(recipe: Recipe, supply: Supply) -> list[str]:
         for name, splits in supply.sequences.items()
         if splits.get("eval", 0.0) * margin < 1
     ]
-    if recipe.pruning is not None and recipe.pruning.method in ("activation", "block_influence"):
+    if reader := _calibrated(recipe):
         problems += [
             f"domain {name} has {_count(splits.get('prune', 0.0))} sequences in its prune split ({label}), where "
-            f"pruning.method = {recipe.pruning.method} takes its calibration text from; at least one is needed. Give "
+            f"{reader} takes its calibration text from; at least one is needed. Give "
             "it more text, set corpus.split.prune higher, or corpus.sequence_tokens lower."
             for name, splits in supply.sequences.items()
             if splits.get("prune", 0.0) * margin < 1
         ]
     return problems + _exhausted(recipe, data_use(recipe, supply), margin, label)
+
+
+def _calibrated(recipe: Recipe) -> str | None:
+    """What in a recipe reads calibration text, if anything does."""
+    if recipe.slicing is not None:
+        return "slicing"
+    method = recipe.pruning.method if recipe.pruning is not None else None
+    return f"pruning.method = {method}" if method in ("activation", "block_influence") else None
 
 
 def _exhausted(recipe: Recipe, uses: Iterable[DomainUse], margin: float, label: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Settings of a recipe as a person would say them, for the plan and the report."""
 
+from orchestrator.recipe import SourceConfig
 from shearing.data.config import STILL_RULES, MixtureConfig
 from shearing.training.config import DistillationConfig, LoraConfig
 
@@ -62,3 +63,10 @@ def lora_in_words(lora: LoraConfig | None) -> str:
         f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout:g} {where}; "
         f"learning rate {lora.learning_rate:g}; {result}"
     )
+
+
+def source_in_words(source: SourceConfig) -> str:
+    """Where the model to start from comes from."""
+    if source.model is not None:
+        return f"what lies in {source.model}"
+    return "trained by this run; source.model=DIR source.train=null starts from one that is there"
