@@ -7,10 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from orchestrator.comparison_run import MethodRun, runs_at_once
-from orchestrator.methods import METHODS, chosen_methods, comparison_uri, method_recipe, misfits, on_source
+from orchestrator.methods import (
+    METHODS,
+    chosen_methods,
+    comparison_uri,
+    method_recipe,
+    misfits,
+    on_source,
+    planned_parameters,
+)
 from orchestrator.preflight import preflight
 from orchestrator.recipe import ComparisonConfig, Recipe
-from orchestrator.source_model import SourceFacts, inspect_source, result_parameters
+from orchestrator.source_model import SourceFacts, inspect_source
 from orchestrator.stage import recipe_conflicts
 from orchestrator.workspace import Workspace, open_workspace
 from shearing.models.parameters import count_parameters
@@ -27,6 +35,7 @@ class MethodPlan:
     name: str
     title: str
     parameters: int
+    not_zero: int
     choosing_tokens: int
     recovery_tokens: int
     state: str
@@ -66,19 +75,15 @@ def comparison_problems(recipe: Recipe) -> list[str]:
             "pruning.target gives no sizes, but a comparison counts every method against the parameters of a target "
             "shape; allowed: sizes. Set pruning.target={num_layers: ..., hidden_size: ..., ...}."
         ]
-    problems = preflight(recipe)
-    facts = inspect_source(recipe)
+    problems = preflight(recipe.only("pruning"))
+    facts = inspect_source(recipe.only("pruning"))
     text = recipe.comparison.text
     if text is not None and not _is_file(text.file):
         problems.append(f"comparison.text.file = {text.file!r} is no file. Set it to a text, or comparison.text=null.")
     if facts.config is None or facts.target is None:
         return problems
     for name in chosen_methods(recipe, facts)[0]:
-        found = (
-            preflight(method_recipe(name, recipe, facts.config))
-            if not misfits(name, recipe, facts)
-            else (misfits(name, recipe, facts))
-        )
+        found = misfits(name, recipe, facts) or preflight(method_recipe(name, recipe, facts.config))
         problems += [f"method {name}: {problem}" for problem in found if problem not in problems]
     for run in _known_runs(recipe, facts):
         problems += recipe_conflicts(run.stages, run.recipe, run.workspace)
@@ -88,7 +93,7 @@ def comparison_problems(recipe: Recipe) -> list[str]:
 def plan_comparison(recipe: Recipe) -> ComparisonPlan:
     """What a comparison would do. Starts nothing and writes nothing."""
     recipe = comparison_recipe(recipe)
-    problems, facts = comparison_problems(recipe), inspect_source(recipe)
+    problems, facts = comparison_problems(recipe), inspect_source(recipe.only("pruning"))
     names, left_out = chosen_methods(recipe, facts) if facts.target is not None else ([], {})
     states = {run.name: _state(run) for run in _known_runs(recipe, facts)}
     marks = open_workspace(recipe).marks()
@@ -96,7 +101,11 @@ def plan_comparison(recipe: Recipe) -> ComparisonPlan:
         name=recipe.name,
         workspace=open_workspace(recipe).store.uri,
         source_parameters=count_parameters(facts.config) if facts.shape is not None else None,
-        methods=[_method_plan(name, recipe, facts, states.get(name, "to run")) for name in names],
+        methods=[
+            _method_plan(name, recipe, facts, states.get(name, "to run"))
+            for name in names
+            if not misfits(name, recipe, facts)
+        ],
         left_out=left_out,
         at_once=min(max(1, len(names)), runs_at_once(recipe, None)),
         base={
@@ -121,10 +130,12 @@ def _lines(plan: ComparisonPlan) -> Iterator[str]:
     yield f"at a time        {plan.at_once} on this machine alone; on a cluster as many as it holds"
     yield ""
     if plan.methods:
-        yield f"{'method':<18}{'':<28}{'parameters':>14}{'to choose':>14}{'to recover':>14}  state"
+        heads = "".join(f"{head:>15}" for head in ("parameters", "not zero", "to choose", "to recover"))
+        yield f"{'method':<18}{'':<24}{heads}  state"
         for method in plan.methods:
-            tokens = f"{method.choosing_tokens:>14,}{method.recovery_tokens:>14,}"
-            yield f"  {method.name:<16}{method.title:<28}{method.parameters:>14,}{tokens}  {method.state}"
+            figures = (method.parameters, method.not_zero, method.choosing_tokens, method.recovery_tokens)
+            cells = "".join(f"{figure:>15,}" for figure in figures)
+            yield f"  {method.name:<16}{method.title:<24}{cells}  {method.state}"
         yield "  (parameters at most, embeddings included; the rest in tokens)"
         yield ""
     for name, reason in plan.left_out.items():
@@ -142,19 +153,34 @@ def _method_plan(name: str, recipe: Recipe, facts: SourceFacts, state: str) -> M
     assert derived.recovery is not None
     assert facts.config is not None
     recovery = derived.recovery.steps * derived.recovery.global_batch_tokens
-    parameters = result_parameters(derived, facts.config)
-    return MethodPlan(name, METHODS[name].title, parameters, choosing_tokens(derived), recovery, state)
+    parameters, not_zero = planned_parameters(derived, facts.config)
+    return MethodPlan(
+        name=name,
+        title=METHODS[name].title,
+        parameters=parameters,
+        not_zero=not_zero,
+        choosing_tokens=choosing_tokens(derived),
+        recovery_tokens=recovery,
+        state=state,
+    )
 
 
 def choosing_tokens(derived: Recipe) -> int:
     """Tokens that a method reads before recovery, at least: extra steps of mask learning come on top."""
     pruning = derived.pruning
-    assert pruning is not None
-    if pruning.method == "learned":
+    if pruning is not None and pruning.method == "learned":
         return pruning.steps * pruning.global_batch_tokens
-    if pruning.method in MEASURING:
-        return pruning.calibration.sequences * derived.corpus.sequence_tokens
-    return 0
+    return calibration_sequences(derived) * derived.corpus.sequence_tokens
+
+
+def calibration_sequences(derived: Recipe) -> int:
+    """Sequences of text that a method measures on; 0 where it measures nothing."""
+    if derived.slicing is not None:
+        return derived.slicing.calibration.sequences
+    if derived.sparsifying is not None:
+        return derived.sparsifying.calibration.sequences if derived.sparsifying.method == "sparsegpt" else 0
+    assert derived.pruning is not None
+    return derived.pruning.calibration.sequences if derived.pruning.method in MEASURING else 0
 
 
 def _known_runs(recipe: Recipe, facts: SourceFacts) -> list[MethodRun]:

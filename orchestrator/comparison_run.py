@@ -79,7 +79,7 @@ def runs_at_once(recipe: Recipe, cpus: float | None, gpus: float | None = None) 
 
 def method_runs(context: Context) -> list[MethodRun]:
     """The runs of a comparison whose source model is there."""
-    recipe, facts = context.recipe, inspect_source(context.recipe)
+    recipe, facts = context.recipe, inspect_source(context.recipe.only("pruning"))
     names, _ = chosen_methods(recipe, facts)
     source, references = context.outputs["source"]["model"], context.outputs["references"]["losses"]
     base = context.workspace.store.uri

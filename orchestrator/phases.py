@@ -1,6 +1,8 @@
 """What a recipe means for its phases: settings of training, choosing and export, as plain values for the workers."""
 
+from actors.calibration import CalibrationSettings
 from actors.slicing import SlicingSettings
+from actors.sparsifying import SparsifyingSettings
 from orchestrator.recipe import Recipe
 from shearing.training.choosing import ChoosingConfig
 from shearing.training.config import RecoveryConfig, TrainingConfig
@@ -41,6 +43,7 @@ def phase_config(
         watchdog=recipe.watchdog,
         seed=recipe.seed,
         distillation=distillation,
+        keep_zeros=name == "recovery" and recipe.sparsifying is not None,
         lora=recipe.recovery.lora if recipe.recovery is not None and name == "recovery" else None,
     )
 
@@ -82,12 +85,32 @@ def slicing_settings(recipe: Recipe, *, source: str, destination: str, work: str
     """Slicing a source model; directories and the corpus by path or URI, `work` for what is in progress."""
     assert recipe.slicing is not None
     return SlicingSettings(
-        source=source,
         destination=destination,
         work=work,
+        slicing=recipe.slicing,
+        calibration=_calibration(recipe, source, corpus, recipe.slicing.calibration.sequences),
+    )
+
+
+def sparsifying_settings(
+    recipe: Recipe, *, source: str, destination: str, work: str, corpus: str
+) -> SparsifyingSettings:
+    """Zeros in a source model; arguments as of `slicing_settings`."""
+    assert recipe.sparsifying is not None
+    return SparsifyingSettings(
+        destination=destination,
+        work=work,
+        sparsifying=recipe.sparsifying,
+        calibration=_calibration(recipe, source, corpus, recipe.sparsifying.calibration.sequences),
+    )
+
+
+def _calibration(recipe: Recipe, source: str, corpus: str, sequences: int) -> CalibrationSettings:
+    return CalibrationSettings(
+        source=source,
         corpus=corpus,
         proportions=proportions(recipe),
-        slicing=recipe.slicing,
+        sequences=sequences,
         engine=recipe.engine,
         seed=recipe.seed,
     )

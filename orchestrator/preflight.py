@@ -72,6 +72,11 @@ def _proportion_problems(recipe: Recipe) -> list[str]:
 
 def _lora_problems(recipe: Recipe, facts: SourceFacts) -> list[str]:
     lora = recipe.recovery.lora if recipe.recovery is not None else None
+    if lora is not None and recipe.sparsifying is not None:
+        return [
+            "recovery.lora is given, and sparsifying too: adapters that are added to weights fill their zeros. Set "
+            "recovery.lora=null; recovery then trains every weight that is not 0."
+        ]
     if lora is None or facts.result is None:
         return []
     config, shape = facts.result
@@ -242,6 +247,8 @@ def _calibrated(recipe: Recipe) -> str | None:
     """What in a recipe reads calibration text, if anything does."""
     if recipe.slicing is not None:
         return "slicing"
+    if recipe.sparsifying is not None and recipe.sparsifying.method == "sparsegpt":
+        return "sparsifying.method = sparsegpt"
     method = recipe.pruning.method if recipe.pruning is not None else None
     return f"pruning.method = {method}" if method in ("activation", "block_influence") else None
 

@@ -11,6 +11,7 @@ from shearing.evaluation.config import TasksConfig, TextConfig
 from shearing.models.shape import Shape
 from shearing.pruning.config import PruningConfig
 from shearing.pruning.slicing.config import SlicingConfig
+from shearing.pruning.sparsity.config import SparsityConfig
 from shearing.training.config import EngineConfig, EvaluationConfig, RecoveryConfig, TrainingConfig, WatchdogConfig
 
 MethodSection = Literal["pruning", "slicing"]
@@ -46,7 +47,8 @@ class ScratchConfig(Config):
 
 
 COMPARED_METHODS = (
-    "learned", "cofi", "magnitude", "activation", "block_influence", "random", "scratch",
+    "learned", "cofi", "magnitude", "activation", "block_influence", "random", "slicegpt", "slicegpt_shared",
+    "sparsegpt_2_4", "magnitude_2_4", "scratch",
 )  # fmt: skip
 """What `pipelines/compare_methods.py` knows, in the order of its tables; `orchestrator.methods` says what each is."""
 
@@ -92,6 +94,7 @@ class Recipe(Config):
     engine: EngineConfig = EngineConfig()
     pruning: PruningConfig | None = None
     slicing: SlicingConfig | None = None
+    sparsifying: SparsityConfig | None = None
     recovery: RecoveryConfig | None = None
     scratch: ScratchConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -105,10 +108,11 @@ class Recipe(Config):
         A recipe without a section for slicing slices by that section's defaults, in a workspace of its own.
         """
         if method == "pruning":
-            return self.model_copy(update={"slicing": None})
+            return self.model_copy(update={"slicing": None, "sparsifying": None})
         return self.model_copy(
             update={
                 "pruning": None,
+                "sparsifying": None,
                 "slicing": self.slicing or SlicingConfig(),
                 "scratch": None,  # no stock model has the shape of a sliced one
                 "workspace": self.workspace or f"runs/{self.name}-sliced",

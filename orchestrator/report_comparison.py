@@ -4,7 +4,9 @@ from typing import Any
 
 import yaml
 
+from orchestrator.comparison_checks import calibration_sequences
 from orchestrator.methods import METHODS
+from orchestrator.recipe_loading import recipe_from
 from orchestrator.report_comparison_page import comparison_page
 from orchestrator.report_comparison_text import comparison_markdown
 from orchestrator.report_reading import RunRecord, read_run, without_nan
@@ -12,7 +14,7 @@ from orchestrator.report_text import nats, whole
 from shearing.evaluation.paired import Difference, paired_difference
 from shearing.storage import Store, open_store
 
-CHOOSING_STAGES = ("pruning", "extraction")
+CHOOSING_STAGES = ("pruning", "extraction", "slicing", "sparsifying")
 RECOVERY_STAGES = ("recovery", "scratch")
 MOMENTS = ("before", "after")
 
@@ -63,7 +65,7 @@ def _method(name: str, run: RunRecord, uri: str, measured: dict[str, Any]) -> di
             "recovery": _seconds(run, RECOVERY_STAGES),
         },
         "tokens": {
-            "calibration": _calibration_tokens(run),
+            "calibration": _calibration_tokens(run.recipe),
             "mask_learning": _trained_tokens(run, "pruning"),
             "recovery": sum(_trained_tokens(run, phase) for phase in RECOVERY_STAGES),
         },
@@ -101,11 +103,9 @@ def _trained_tokens(run: RunRecord, phase: str) -> int:
     return int(steps[-1]["tokens"]) if steps else 0
 
 
-def _calibration_tokens(run: RunRecord) -> int:
-    pruning = run.recipe["pruning"]
-    if pruning["method"] not in ("activation", "block_influence"):
-        return 0
-    return int(pruning["calibration"]["sequences"]) * int(run.recipe["corpus"]["sequence_tokens"])
+def _calibration_tokens(recipe: dict[str, Any]) -> int:
+    derived = recipe_from(recipe)
+    return calibration_sequences(derived) * derived.corpus.sequence_tokens
 
 
 def _as_json(difference: Difference) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def loss_table(found: dict[str, Any], moment: str) -> tuple[list[str], list[list
     rows = []
     for title, entry, apart in named:
         row = [title, nats(entry["mean_loss"]), apart, *(perplexity(p) for p in entry["perplexity"].values())]
-        row += [perplexity(entry["text"]["perplexity"])] * text
+        row += [perplexity(entry["text"]["perplexity"])] if text else []
         rows.append(row + [task_score(entry, task) for task in tasks])
     return head, rows
 

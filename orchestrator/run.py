@@ -17,17 +17,19 @@ from orchestrator.stages import (
     SCRATCH,
     SLICING,
     SOURCE,
+    SPARSIFYING,
 )
 from orchestrator.workspace import open_workspace
 from orchestrator.workspace_lock import lock_workspace
 from shearing.errors import UserError
 
-STAGES = (CORPUS, SOURCE, REFERENCES, PRUNING, EXTRACTION, SLICING, RECOVERY, SCRATCH, SCORES, REPORT)
+STAGES = (CORPUS, SOURCE, REFERENCES, PRUNING, EXTRACTION, SLICING, SPARSIFYING, RECOVERY, SCRATCH, SCORES, REPORT)
 # Stages that a run has only where its recipe has a section.
 ASKED_BY = {
     "pruning": "pruning",
     "extraction": "pruning",
     "slicing": "slicing",
+    "sparsifying": "sparsifying",
     "recovery": "recovery",
     "scratch": "scratch",
 }

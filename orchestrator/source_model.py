@@ -16,6 +16,7 @@ from shearing.models.family import (
     shape_of,
     vocabulary_of,
 )
+from shearing.models.parameters import count_parameters
 from shearing.models.shape import Shape
 from shearing.pruning.slicing.plan import check_slicing, sliced_config, sliced_parameters
 from shearing.pruning.target import check_pruning, target_parameters, target_shape
@@ -198,11 +199,14 @@ def _read_config(facts: SourceFacts, recipe: Recipe) -> None:
         facts.problems += wrong
         if not wrong:
             facts.sliced = sliced_config(config, recipe.slicing)
+    if recipe.sparsifying is not None:
+        facts.target = facts.shape
 
 
 def result_parameters(recipe: Recipe, source_config: dict[str, Any]) -> int:
     """Parameters of the model that a run makes out of the source, for a recipe that preflight let through."""
-    if recipe.slicing is not None:
-        return sliced_parameters(source_config, recipe.slicing)
-    assert recipe.pruning is not None
-    return target_parameters(source_config, recipe.pruning.target)
+    if recipe.pruning is not None:
+        return target_parameters(source_config, recipe.pruning.target)
+    return (
+        count_parameters(source_config) if recipe.slicing is None else sliced_parameters(source_config, recipe.slicing)
+    )

@@ -97,6 +97,12 @@ def _slicing(context: Context) -> dict[str, Any]:
     return run_slicing(context)
 
 
+def _sparsifying(context: Context) -> dict[str, Any]:
+    from orchestrator.sparsifying_stage import run_sparsifying
+
+    return run_sparsifying(context)
+
+
 def _recovery(context: Context) -> dict[str, Any]:
     from orchestrator.training_stages import run_recovery
 
@@ -141,6 +147,8 @@ def source_model(context: Context) -> str:
 
 def smaller_folder(recipe: Recipe) -> str:
     """Folder of the run that holds the smaller model before its recovery."""
+    if recipe.sparsifying is not None:
+        return "sparse"
     return "pruned" if recipe.slicing is None else "sliced"
 
 
@@ -228,11 +236,20 @@ SLICING = Stage(
     is_whole=_holds("sliced/config.json"),
     resumes=True,
 )
+SPARSIFYING = Stage(
+    name="sparsifying",
+    title="zeros in place of weights, layer by layer",
+    keys=("seed", "corpus", "source", "engine.dtype", "sparsifying"),
+    after=("corpus", "source"),
+    run=_sparsifying,
+    is_whole=_holds("sparse/config.json"),
+    resumes=True,
+)
 RECOVERY = Stage(
     name="recovery",
     title="continued pretraining",
-    keys=(*_STEERED, "pruning", "slicing", "recovery"),
-    after=("corpus", "references", "pruning", "slicing"),
+    keys=(*_STEERED, "pruning", "slicing", "sparsifying", "recovery"),
+    after=("corpus", "references", "pruning", "slicing", "sparsifying"),
     run=_recovery,
     is_whole=_holds("model/config.json"),
     resumes=True,
@@ -250,14 +267,25 @@ SCORES = Stage(
     name="scores",
     title="what it is worth",
     keys=(*_BASE, "scores"),
-    after=("corpus", "source", "extraction", "slicing", "recovery", "scratch"),
+    after=("corpus", "source", "extraction", "slicing", "sparsifying", "recovery", "scratch"),
     run=_scores,
 )
 REPORT = Stage(
     name="report",
     title="the whole on one page",
     keys=("name",),
-    after=("corpus", "source", "references", "pruning", "extraction", "slicing", "recovery", "scratch", "scores"),
+    after=(
+        "corpus",
+        "source",
+        "references",
+        "pruning",
+        "extraction",
+        "slicing",
+        "sparsifying",
+        "recovery",
+        "scratch",
+        "scores",
+    ),
     run=_report,
     is_whole=_holds("report/index.html"),
     needs_ray=False,

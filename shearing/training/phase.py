@@ -43,6 +43,7 @@ from shearing.training.engine import DTYPES, Engine, deepspeed_config, partition
 from shearing.training.loop import MixtureClient, Trainer, TrainState
 from shearing.training.mask_learning import MaskLearner
 from shearing.training.watchdog import Watchdog
+from shearing.training.zeros import keep_zeros
 
 PhaseName = Literal["source", "pruning", "recovery", "scratch"]
 
@@ -66,6 +67,7 @@ class PhaseConfig(Config):
     seed: int
     distillation: DistillationConfig | None = None
     lora: LoraConfig | None = None
+    keep_zeros: bool = False
 
     @property
     def pruning(self) -> PruningConfig | None:
@@ -106,6 +108,8 @@ def build_trainer(phase: PhaseConfig, place: Place, source: SequenceSource, mixt
         model = load_model(folder, dtype, phase.trust_remote_code)
     if phase.lora is not None:
         add_adapters(model, phase.lora, phase.seed)
+    if phase.keep_zeros:
+        keep_zeros(model)
     if phase.engine.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     learner = _mask_learner(phase, model, place)
