@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import yaml
-
 from orchestrator.comparison_checks import calibration_sequences
 from orchestrator.methods import METHODS
 from orchestrator.recipe_loading import recipe_from
@@ -11,6 +9,7 @@ from orchestrator.report_comparison_page import comparison_page
 from orchestrator.report_comparison_text import comparison_markdown
 from orchestrator.report_reading import RunRecord, read_run, without_nan
 from orchestrator.report_text import nats, whole
+from orchestrator.yaml_reading import read_yaml
 from shearing.evaluation.paired import Difference, paired_difference
 from shearing.storage import Store, open_store
 
@@ -30,7 +29,7 @@ def build_comparison(workspace: Store) -> dict[str, Any]:
 
 def comparison_contents(workspace: Store) -> dict[str, Any]:
     """Every number of the page."""
-    recipe = yaml.safe_load(workspace.read_bytes("recipe.yaml"))
+    recipe = read_yaml(workspace.read_bytes("recipe.yaml").decode(), "recipe.yaml")
     outputs = {name: workspace.read_json(f"stages/{name}.json")["outputs"] for name in ("methods", "measures")}
     measured = outputs["measures"]["models"]
     source = measured["source"]

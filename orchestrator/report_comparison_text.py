@@ -43,13 +43,13 @@ def _apart(entry: dict[str, Any]) -> str:
 
 def task_names(found: dict[str, Any]) -> list[str]:
     """The harness tasks that were scored."""
-    return list((found["source"].get("tasks") or {}).get("scores", {}))
+    return list((found["source"].get("tasks") or {}).get("tasks", {}))
 
 
 def task_score(entry: dict[str, Any], task: str) -> str:
     """The first metric of a task, with its standard error where the harness gives one."""
-    for name, metric in entry["tasks"]["scores"][task].items():
-        error = metric.get("standard_error")
+    for name, metric in entry["tasks"]["tasks"][task]["metrics"].items():
+        error = metric["stderr"]
         return f"{name} {metric['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
     return ABSENT
 
@@ -102,6 +102,11 @@ def protocol_in_words(found: dict[str, Any]) -> str:
         f"all models take turns in one process, on {protocol['device']} with {protocol['threads']} threads; weights "
         "with zeros are multiplied as dense ones."
     )
+    if tasks := found["source"].get("tasks"):
+        rules = tasks["protocol"]
+        shots = "as each task says" if rules["fewshot"] is None else rules["fewshot"]
+        limit = "all" if rules["limit"] is None else f"the first {rules['limit']:,}"
+        words += f" Tasks: {rules['harness']}, {limit} questions of each, solved examples before each: {shots}."
     if text:
         said = text["protocol"]
         words += f" Text: {said['file']}; {said['window_rule']}; {said['bos_rule']}."

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
+from orchestrator.yaml_reading import read_yaml
 from shearing.data.manifest import Manifest, load_manifest
 from shearing.storage import Store, open_store
 
@@ -52,7 +51,7 @@ class RunRecord:
 def read_run(workspace: Store) -> RunRecord:
     """Everything in a workspace that a report speaks of."""
     recipe_text = workspace.read_bytes("recipe.yaml").decode() if workspace.exists("recipe.yaml") else ""
-    recipe = yaml.safe_load(recipe_text) or {}
+    recipe = read_yaml(recipe_text, "recipe.yaml") or {}  # as it was written: YAML 1.1 takes 2:4 for a number
     stages = {name: workspace.read_json(f"stages/{name}.json") for name in _names(workspace, "stages", ".json")}
     phases = {
         phase: read_phase(workspace.read_bytes(f"metrics/{phase}.jsonl"))
