@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 
 from orchestrator import report_charts, report_pictures, report_text
+from orchestrator.report_slicing import is_sliced, slicing_tables
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 FILTERS = (
@@ -37,7 +38,8 @@ def page(report: dict[str, Any]) -> str:
     environment.filters |= {name: getattr(report_text, name) for name in FILTERS}
     environment.filters["day"] = _day
     environment.globals |= {name: getattr(report_text, name) for name in (*NAMES, *FUNCTIONS)}
-    return environment.get_template(TEMPLATE.name).render(report=report, figures=figures(report))
+    sliced = slicing_tables(report) if is_sliced(report["recipe"]) else None
+    return environment.get_template(TEMPLATE.name).render(report=report, figures=figures(report), sliced=sliced)
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
 
 def _comparison(report: dict[str, Any]) -> str:
     curves = {}
-    for phase, name in (("recovery", "pruned, healed"), ("scratch", "from nothing")):
+    for phase, name in (("recovery", "smaller, healed"), ("scratch", "from nothing")):
         part = report["phases"].get(phase)
         if part and any(loss is not None for loss in part["evaluations"]["mean_loss"]):
             tokens = dict(zip(part["steps"], part["tokens"], strict=True))
