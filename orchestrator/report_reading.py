@@ -12,7 +12,9 @@ from shearing.data.manifest import Manifest, load_manifest
 from shearing.storage import Store, open_store
 
 PHASES = ("source", "pruning", "recovery", "scratch")
-STAGES = ("corpus", "source", "references", "pruning", "extraction", "recovery", "scratch", "scores", "report")
+STAGES = (
+    "corpus", "source", "references", "pruning", "extraction", "slicing", "recovery", "scratch", "scores", "report",
+)  # fmt: skip
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy", "safetensors")
 INTERRUPTIONS = ("resumed", "restarted")
 
@@ -41,6 +43,7 @@ class RunRecord:
     manifest: Manifest | None
     manifest_problem: str = ""
     domains: list[str] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
 
     def outputs(self, stage: str) -> dict[str, Any]:
         """What a finished stage put out; empty where it did not finish."""
@@ -71,7 +74,16 @@ def read_run(workspace: Store) -> RunRecord:
         manifest=manifest,
         manifest_problem=problem,
         domains=domains,
+        layers=_layers(workspace),
     )
+
+
+def _layers(workspace: Store) -> list[dict[str, Any]]:
+    """The last row of each layer that was sliced."""
+    name = "metrics/slicing.jsonl"
+    rows = _rows(workspace.read_bytes(name)) if workspace.exists(name) else iter(())
+    last = {row["step"]: row for row in rows if row is not None and row["kind"] == "layer"}
+    return [last[step] for step in sorted(last)]
 
 
 def read_phase(data: bytes) -> PhaseRecord:

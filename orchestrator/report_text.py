@@ -15,7 +15,8 @@ SHAPE_NAMES = {
 MODEL_NAMES = {
     "source": "Source",
     "pruned": "Pruned, not healed",
-    "recovered": "Result (pruned, healed)",
+    "sliced": "Sliced, not healed",
+    "recovered": "Result (smaller, healed)",
     "scratch": "Same shape, from nothing",
 }
 PROOF_NAMES = {
@@ -124,8 +125,11 @@ def changes_of(rows: list[int], sign: int) -> list[str]:
     return [f"layer {row}: {count}" for row, count in where] if len(rows) > 1 else ["of all layers"]
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report as Markdown: verdict and tables, without pictures."""
+Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
+
+
+def markdown(report: dict[str, Any], slicing: list[Table] | None = None) -> str:
+    """The report as Markdown: verdict and tables, without pictures. `slicing` has the tables of a run that slices."""
     verdict = report["verdict"]
     blocks = [
         f"# {report['name']}: run report",
@@ -136,10 +140,7 @@ def markdown(report: dict[str, Any]) -> str:
         ),
         "## Shapes",
         _shapes(report),
-        "## Gates",
-        _gates(report),
-        "## Extraction",
-        _proof(report),
+        *(_sheared(report) if slicing is None else _sliced(slicing)),
         "## Scores",
         _scores(report),
         "## Data use",
@@ -157,6 +158,15 @@ def markdown(report: dict[str, Any]) -> str:
         f"```yaml\n{report['recipe_text'].rstrip()}\n```",
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _sheared(report: dict[str, Any]) -> list[str]:
+    return ["## Gates", _gates(report), "## Extraction", _proof(report)]
+
+
+def _sliced(tables: list[Table]) -> list[str]:
+    blocks = [block for title, head, rows in tables for block in (f"### {title}", markdown_table(head, rows))]
+    return ["## Slicing", *(blocks or ["Not run."])]
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:

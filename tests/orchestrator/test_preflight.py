@@ -48,7 +48,7 @@ BAD = [
     (["mixture.cap=0.7"], "proportion = 0.75 lies outside"),
     (["recovery.update_mixture_every_steps=5"], "Set mixture.loss_from=train, or recovery.update_mixture_every_steps"),
     (["mixture.rule=nowhere.rules:best"], "there is no module nowhere.rules"),
-    (["mixture.rule=orchestrator.run:stages"], "run.py has no stages; it defines: CORPUS"),
+    (["mixture.rule=orchestrator.run:stages"], "run.py has no stages; it defines: ASKED_BY, CORPUS"),
     (["mixture.on_exhausted=stop", "recovery.steps=1000000"], "would run out in recovery"),
     (["workspace=nope://x/y"], "workspace = 'nope://x/y' cannot be opened"),
     (["corpus.split.eval=0.00001"], "in its eval split (an estimate from file sizes)"),
