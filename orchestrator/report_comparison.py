@@ -55,6 +55,7 @@ def _method(name: str, run: RunRecord, uri: str, measured: dict[str, Any]) -> di
         "name": name,
         "title": METHODS[name].title,
         "workspace": uri,
+        "has_report": "report" not in METHODS[name].left_out,
         "parameters": result["parameters"],
         "nonzero_parameters": result["nonzero_parameters"],
         **{moment: _moment(entry, measured["source"]) for moment, entry in moments.items()},

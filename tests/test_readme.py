@@ -13,6 +13,7 @@ from typing import get_args
 import pytest
 import yaml
 
+from orchestrator.recipe import COMPARED_METHODS
 from orchestrator.recipe_loading import load_recipe
 from orchestrator.run import STAGES
 from shearing.data.config import RULE_WORDS, ReferencesConfig
@@ -48,6 +49,10 @@ COVERED = {
     "python pipelines/score_model.py runs/quickstart/model pipelines/recipes/quickstart.yaml "
     "--text wiki.test.txt --bos yes": f"{HERE}::test_corpus_and_scores",
     "python pipelines/fit_reference_losses.py losses.yaml --parameters 1345423360": f"{HERE}::test_reference_losses",
+    "python pipelines/compare_methods.py pipelines/recipes/comparison-quickstart.yaml "
+    "--plan": f"{HERE}::test_comparison_is_planned",
+    "python pipelines/compare_methods.py pipelines/recipes/comparison-quickstart.yaml --methods learned slicegpt "
+    "scratch": f"{HERE}::test_comparison_is_planned",  # run, with other methods, by tests/test_comparison.py
     "python benchmarks/NAME.py": "tests/test_benchmarks.py",
     "python benchmarks/study/study.py": "tests/test_study.py::test_the_whole_study_at_its_smallest",
 }
@@ -111,6 +116,18 @@ def test_plan(tmp_path):
     done = run(documented("python pipelines/shear.py pipelines/recipes/quickstart.yaml"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "recovery" in done.stdout
+    assert not (tmp_path / "runs").exists(), "--plan starts nothing"
+
+
+def test_comparison_is_planned(tmp_path):
+    start = "python pipelines/compare_methods.py pipelines/recipes/comparison-quickstart.yaml"
+    done = run(documented(f"{start} --plan"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ") and "to run" in line]
+    assert listed == list(COMPARED_METHODS)
+    some = run(documented(f"{start} --methods") + " --plan", tmp_path)
+    assert some.returncode == 0, some.stderr
+    assert re.findall(r"^  (\w+) .*to run$", some.stdout, re.MULTILINE) == ["learned", "slicegpt", "scratch"]
     assert not (tmp_path / "runs").exists(), "--plan starts nothing"
 
 

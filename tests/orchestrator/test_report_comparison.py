@@ -129,7 +129,8 @@ def test_page_markdown_and_json_hold_the_same(workspace):
     text, page = (workspace.read_bytes(f"comparison/{name}").decode() for name in ("comparison.md", "index.html"))
     for method in found["methods"]:
         assert METHODS[method["name"]].title in text
-        assert f'href="../methods/{method["name"]}/report/index.html"' in page
+        link = f'href="../methods/{method["name"]}/report/index.html"'
+        assert (link in page) == ("2_4" not in method["name"]), "a link to a report that no stage writes"
         assert f"{method['after']['mean_loss']:.3f}" in text
         assert f"{method['after']['mean_loss']:.3f}" in page
     assert "its driver died" in text
