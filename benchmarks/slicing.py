@@ -91,6 +91,8 @@ def plain(task: Task, source: Path) -> tuple[list[float], list[float]]:
             last = half == "mlp" and number + 1 == task.layers  # of full size where the head is not sliced
             after_DK = torch.eye(task.width).double() if last else _basis(hidden_NTD, task.kept, kept)
             for name, linear in block.named_children():
+                if not isinstance(linear, torch.nn.Linear):
+                    continue
                 weight = linear.weight.double()
                 writes = name in ("o_proj", "down_proj")
                 made[f"{number}.{name}"] = after_DK.T @ weight if writes else (weight * norm.weight.double()) @ basis_DK
@@ -132,12 +134,12 @@ SIDES = {"plain": plain, "streamed": streamed}
 
 def measure(side: str, task: Task, source: Path) -> None:
     """In a process of its own: print what one side took."""
-    with tempfile.TemporaryDirectory() as folder:  # once on next to nothing: what libraries take is not counted
-        small = Task(1, 2 * HEAD_SIZE, 1, 8)
-        small.write(Path(folder) / "model")
-        SIDES[side](small, Path(folder) / "model")
-    before = _peak_bytes()
     with torch.no_grad():
+        with tempfile.TemporaryDirectory() as folder:  # once on next to nothing: what libraries take is not counted
+            small = Task(1, 2 * HEAD_SIZE, 1, 8)
+            small.write(Path(folder) / "model")
+            SIDES[side](small, Path(folder) / "model")
+        before = _peak_bytes()
         seconds, kept = SIDES[side](task, source)
     print(json.dumps({"seconds": seconds, "kept": kept, "bytes": _peak_bytes() - before}))
 

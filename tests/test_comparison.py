@@ -19,8 +19,9 @@ SCRIPT = ROOT / "pipelines" / "compare_methods.py"
 PAGE = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
 METHODS = ("random", "slicegpt", "sparsegpt_2_4")
 FEW = (
-    "engine.workers=1", "engine.zero_stage=1", "comparison.at_once=2", "recovery.steps=8",
-    "evaluation.sequences_per_domain=4", "recovery.checkpoint_every_steps=4", "slicing.calibration.sequences=8", "sparsifying.calibration.sequences=8",
+    "engine.workers=1", "engine.zero_stage=1", "comparison.at_once=2", "evaluation.sequences_per_domain=4",
+    "recovery.steps=8", "recovery.checkpoint_every_steps=4", "slicing.calibration.sequences=8",
+    "sparsifying.calibration.sequences=8",
 )  # fmt: skip
 
 
