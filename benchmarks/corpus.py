@@ -24,10 +24,9 @@ from tokenizers import Tokenizer
 from actors.corpus import prepare_corpus
 from shearing.data.config import CorpusConfig, DomainConfig, SplitConfig, TrainedTokenizerConfig
 from shearing.data.installed_text import INSTALLED_DOMAINS, write_installed_text
-from shearing.data.preparation import finish_preparation, plan_preparation
+from shearing.data.manifest import Manifest
+from shearing.data.preparation import prepare_in_process
 from shearing.data.tokenizer_training import ensure_trained_tokenizer
-from shearing.data.tokenizing import load_tokenizer
-from shearing.data.unit_work import prepare_unit
 
 BATCH_TEXTS = 256
 
@@ -68,21 +67,22 @@ def encode_alone(texts: list[str], tokenizer_dir: str, parallel: bool, fast: boo
 def prepare_alone(config: CorpusConfig, tokenizer_dir: str) -> float:
     """Tokens a second of preparation in this process, on one core, without Ray."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = load_tokenizer(tokenizer_dir, config.boundary_token)
     started = time.perf_counter()
-    preparation = plan_preparation(config, tokenizer_dir)
-    marks = [prepare_unit(unit, config, tokenizer, preparation.corpus) for unit in preparation.pending]
-    finish_preparation(preparation, marks)
-    return sum(mark.tokens for mark in marks) / (time.perf_counter() - started)
+    _, manifest = prepare_in_process(config, tokenizer_dir)
+    return tokens_of(manifest) / (time.perf_counter() - started)
 
 
 def prepare_with_ray(config: CorpusConfig, tokenizer_dir: str) -> float:
     """Tokens a second of preparation by Ray Data on all cores, from the call to the finished manifest."""
     started = time.perf_counter()
     _, manifest = prepare_corpus(config, tokenizer_dir, lambda _: None)
-    seconds = time.perf_counter() - started
+    return tokens_of(manifest) / (time.perf_counter() - started)
+
+
+def tokens_of(manifest: Manifest) -> int:
+    """All tokens that a preparation made, those of no whole sequence too."""
     entries = [entry for splits in manifest.domains.values() for entry in splits.values()]
-    return sum(entry.tokens + entry.dropped_tokens for entry in entries) / seconds
+    return sum(entry.tokens + entry.dropped_tokens for entry in entries)
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:

@@ -36,18 +36,16 @@ from orchestrator.console import Console
 from orchestrator.ray_session import RaySession
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_loading import load_recipe
-from shearing.data.config import CorpusConfig, MixtureConfig
+from shearing.data.config import MixtureConfig
 from shearing.data.manifest import TOKENIZER_FOLDER, load_manifest
 from shearing.data.mixing import MixState
 from shearing.data.parquet_source import ParquetSource
-from shearing.data.preparation import finish_preparation, plan_preparation
+from shearing.data.preparation import prepare_in_process
 from shearing.data.source import make_orders
 from shearing.data.tokenizer_training import ensure_trained_tokenizer
-from shearing.data.tokenizing import load_tokenizer
-from shearing.data.unit_work import prepare_unit
 from shearing.models.family import llama_config
 from shearing.models.loading import new_model, read_config, write_json
-from shearing.storage import Store, open_store
+from shearing.storage import open_store
 from shearing.training.batches import BatchStream
 from shearing.training.config import TrainingConfig
 from shearing.training.engine import DTYPES, Engine, deepspeed_config, prepare_deepspeed
@@ -75,22 +73,13 @@ class Side:
         return batch_tokens * len(self.steps_s) / sum(self.steps_s)
 
 
-def prepare(config: CorpusConfig, tokenizer_dir: str) -> Store:
-    """The corpus, made in this process: no Ray has run when the bare loop begins."""
-    preparation = plan_preparation(config, tokenizer_dir)
-    if preparation.manifest is None:
-        tokenizer = load_tokenizer(tokenizer_dir, config.boundary_token)
-        marks = [prepare_unit(unit, preparation.config, tokenizer, preparation.corpus) for unit in preparation.pending]
-        finish_preparation(preparation, [*preparation.done, *marks])
-    return preparation.corpus
-
-
 def make_phase(recipe: Recipe, folder: Path, options: argparse.Namespace) -> PhaseConfig:
     """The quickstart's source phase on a corpus of its own, with the evaluations and checkpoints of its recovery."""
     train = recipe.source.train
     assert train is not None, "source.model cannot be set here: the model is made from source.train"
-    corpus = prepare(recipe.corpus, ensure_trained_tokenizer(recipe.corpus, train.tokenizer))
-    manifest = load_manifest(corpus)
+    # in this process: no Ray has run when the bare loop begins
+    tokenizer_dir = ensure_trained_tokenizer(recipe.corpus, train.tokenizer)
+    corpus, manifest = prepare_in_process(recipe.corpus, tokenizer_dir)
     config = llama_config(train.shape, manifest.tokenizer.vocab_size, 2 * manifest.sequence_tokens)
     model = folder / "model"
     model.mkdir()

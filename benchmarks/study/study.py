@@ -18,14 +18,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from study_tasks import CLAIMS, Budget, Task, study_tasks
+from study_tasks import CLAIMS, RESULT, Budget, Task, study_tasks
 
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_loading import load_recipe
 from orchestrator.workspace import fingerprint
 
 RECIPE = Path(__file__).with_name("study.yaml")
-RESULT = "result.json"
 
 
 def recipe_of(task: Task, overrides: list[str]) -> Recipe:
@@ -35,19 +34,13 @@ def recipe_of(task: Task, overrides: list[str]) -> Recipe:
 
 def prepare(recipe: Recipe) -> str:
     """The corpus, made by this process. Returns its URI."""
-    from shearing.data.preparation import finish_preparation, plan_preparation
+    from shearing.data.preparation import prepare_in_process
     from shearing.data.tokenizer_training import ensure_trained_tokenizer
-    from shearing.data.tokenizing import load_tokenizer
-    from shearing.data.unit_work import prepare_unit
 
     assert recipe.source.train is not None
     tokenizer_dir = ensure_trained_tokenizer(recipe.corpus, recipe.source.train.tokenizer)
-    preparation = plan_preparation(recipe.corpus, tokenizer_dir)
-    if preparation.manifest is None:
-        tokenizer = load_tokenizer(tokenizer_dir, recipe.corpus.boundary_token)
-        marks = [prepare_unit(unit, preparation.config, tokenizer, preparation.corpus) for unit in preparation.pending]
-        finish_preparation(preparation, [*preparation.done, *marks])
-    return preparation.corpus.uri
+    corpus, _ = prepare_in_process(recipe.corpus, tokenizer_dir)
+    return corpus.uri
 
 
 def carry_out(task: Task, overrides: list[str], corpus: str, study: Path, prints: dict[str, str]) -> dict[str, Any]:

@@ -22,7 +22,15 @@ from shearing.data.manifest import (
 from shearing.data.packing import Packer
 from shearing.data.raw_files import RawFile, ReadUnit, list_domains, plan_units
 from shearing.data.tokenizing import copy_tokenizer, load_tokenizer
-from shearing.data.unit_work import MARKS_FOLDER, ShardWriter, UnitMark, decode_remainder, mark_name, token_dtype
+from shearing.data.unit_work import (
+    MARKS_FOLDER,
+    ShardWriter,
+    UnitMark,
+    decode_remainder,
+    mark_name,
+    prepare_unit,
+    token_dtype,
+)
 from shearing.errors import UserError
 from shearing.storage import Store, open_store
 
@@ -70,6 +78,20 @@ def plan_preparation(config: CorpusConfig, tokenizer_dir: str) -> Preparation:
     pending = [unit for unit in units if (unit.domain, unit.index) not in finished]
     pending.sort(key=lambda unit: unit.text_bytes, reverse=True)
     return Preparation(config, corpus, fingerprint, tokenizer, files, pending, done, None)
+
+
+def prepare_in_process(config: CorpusConfig, tokenizer_dir: str) -> tuple[Store, Manifest]:
+    """The prepared corpus, made now unless it is there already, one unit after another: what any engine has to equal.
+
+    Raises:
+        UserError: As `plan_preparation` and `finish_preparation`.
+    """
+    preparation = plan_preparation(config, tokenizer_dir)
+    if preparation.manifest is not None:
+        return preparation.corpus, preparation.manifest
+    tokenizer = load_tokenizer(tokenizer_dir, config.boundary_token)
+    marks = [prepare_unit(unit, preparation.config, tokenizer, preparation.corpus) for unit in preparation.pending]
+    return preparation.corpus, finish_preparation(preparation, [*preparation.done, *marks])
 
 
 def corpus_fingerprint(config: CorpusConfig, tokenizer: TokenizerEntry, files: dict[str, list[RawFile]]) -> str:

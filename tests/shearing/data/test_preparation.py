@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from shearing.data.config import CorpusConfig, DomainConfig, SplitConfig
 from shearing.data.manifest import SPLITS, load_manifest
-from shearing.data.preparation import check_early, finish_preparation, plan_preparation
+from shearing.data.preparation import check_early, plan_preparation, prepare_in_process
 from shearing.data.tokenizer_training import save_tokenizer, train_tokenizer
 from shearing.data.tokenizing import load_tokenizer
 from shearing.data.unit_work import prepare_unit
@@ -49,19 +49,6 @@ def configure(tmp_path, **changes):
     return CorpusConfig(**(settings | changes))
 
 
-def prepare(config, tokenizer_dir):
-    """Preparation in this process, one unit after another: what any engine has to equal."""
-    preparation = plan_preparation(config, tokenizer_dir)
-    if preparation.manifest is not None:
-        return preparation.corpus, preparation.manifest
-    tokenizer = load_tokenizer(tokenizer_dir, config.boundary_token)
-    marks = [
-        *preparation.done,
-        *(prepare_unit(unit, preparation.config, tokenizer, preparation.corpus) for unit in preparation.pending),
-    ]
-    return preparation.corpus, finish_preparation(preparation, marks)
-
-
 def read_rows(corpus, entry):
     """Identity -> tokens of every sequence of a split, with the format checked on the way."""
     rows = {}
@@ -90,7 +77,7 @@ def test_nothing_is_lost_and_equal_documents_share_a_split(tmp_path, tokenizer_d
     write_lines(tmp_path / "raw" / "x.jsonl", texts)
     write_lines(tmp_path / "raw" / "deep" / "y.jsonl", unique[:500])
     config = configure(tmp_path)
-    corpus, manifest = prepare(config, tokenizer_dir)
+    corpus, manifest = prepare_in_process(config, tokenizer_dir)
 
     backend = Tokenizer.from_file(f"{tokenizer_dir}/tokenizer.json")
     expected = Counter(text for text in [*texts, *unique[:500]] if text.strip())
@@ -120,7 +107,7 @@ def test_nothing_is_lost_and_equal_documents_share_a_split(tmp_path, tokenizer_d
 def test_rows_are_shuffled_inside_a_shard(tmp_path, tokenizer_dir):
     """Bug: neighbours in a shard come from one document, so a batch is one document."""
     write_lines(tmp_path / "raw" / "x.jsonl", [f"document {number} " + "word " * 500 for number in range(60)])
-    corpus, manifest = prepare(configure(tmp_path, shard_sequences=4096), tokenizer_dir)
+    corpus, manifest = prepare_in_process(configure(tmp_path, shard_sequences=4096), tokenizer_dir)
     path = manifest.domains["d"]["train"].shards[0].path
     ids = pq.read_table(corpus.locate(path))["sequence_id"].to_numpy()
     assert len(ids) > 100
@@ -136,7 +123,7 @@ def test_the_boundary_token_stands_where_its_name_says(tmp_path, tokenizer_dir, 
     config = configure(tmp_path, boundary_token=boundary)
     # One text is in one split; the others are empty, which the check refuses after the work is done.
     with pytest.raises(UserError):
-        prepare(config, tokenizer_dir)
+        prepare_in_process(config, tokenizer_dir)
     corpus = plan_preparation(config, tokenizer_dir).corpus
     files = sorted(Path(corpus.path).glob("d/*/000000-000.parquet"))
     assert len(files) == 1
@@ -155,13 +142,13 @@ def test_malformed_lines_are_reported_by_file_and_line_up_to_the_limit(tmp_path,
     write_lines(tmp_path / "raw" / "x.jsonl", texts)
     config = configure(tmp_path)
     assert len(plan_preparation(config, tokenizer_dir).pending) > 5
-    _, manifest = prepare(config, tokenizer_dir)
+    _, manifest = prepare_in_process(config, tokenizer_dir)
     assert [line.line for line in manifest.malformed] == [8, 2501, 4000]
     assert (manifest.malformed_lines, manifest.lines, manifest.sources[0].malformed) == (3, 4000, 3)
 
     strict = config.model_copy(update={"malformed_limit": 0.0005})
     with pytest.raises(UserError, match=r"3 of 4,000 lines.*0\.050%.*x\.jsonl:8: not JSON.*corpus\.malformed_limit"):
-        prepare(strict, tokenizer_dir)  # the corpus is there already, but not as this recipe wants it
+        prepare_in_process(strict, tokenizer_dir)  # the corpus is there already, but not as this recipe wants it
 
 
 def test_a_wrong_field_stops_early_and_names_the_key(tmp_path, tokenizer_dir):
@@ -180,7 +167,7 @@ def test_a_split_without_a_sequence_says_what_to_change(tmp_path, tokenizer_dir)
     """Bug: an empty evaluation split shows up hours later as a division by zero."""
     write_lines(tmp_path / "raw" / "x.jsonl", ["one long document " * 500])
     with pytest.raises(UserError) as caught:
-        prepare(configure(tmp_path, sequence_tokens=512), tokenizer_dir)
+        prepare_in_process(configure(tmp_path, sequence_tokens=512), tokenizer_dir)
     assert len(caught.value.problems) >= 2
     for problem in caught.value.problems:
         for key in ("corpus.domains.d", "corpus.section_characters", "corpus.sequence_tokens"):
@@ -192,7 +179,7 @@ def test_preparing_twice_does_nothing_and_what_shapes_the_corpus_names_it(tmp_pa
     raw = tmp_path / "raw" / "x.jsonl"
     write_lines(raw, [f"document {number} " + "words " * 30 for number in range(500)])
     config = configure(tmp_path)
-    corpus, manifest = prepare(config, tokenizer_dir)
+    corpus, manifest = prepare_in_process(config, tokenizer_dir)
     times = {path: path.stat().st_mtime_ns for path in Path(corpus.path).rglob("*")}
     again = plan_preparation(config, tokenizer_dir)
     assert again.manifest == manifest == load_manifest(corpus)
@@ -251,13 +238,13 @@ def test_a_killed_preparation_goes_on_and_ends_the_same(tmp_path, tokenizer_dir)
     assert 5 <= len(preparation.done) < units
     kept = {path: path.stat().st_mtime_ns for path in Path(preparation.corpus.path).rglob("*.parquet")}
     done = {f"{mark.index:06d}-" for mark in preparation.done}
-    corpus, manifest = prepare(config, tokenizer_dir)
+    corpus, manifest = prepare_in_process(config, tokenizer_dir)
     for path, changed in kept.items():
         if path.name[:7] in done:
             assert path.stat().st_mtime_ns == changed, "a finished unit was written again"
 
     undisturbed = config.model_copy(update={"path": str(tmp_path / "undisturbed")})
-    other, expected = prepare(undisturbed, tokenizer_dir)
+    other, expected = prepare_in_process(undisturbed, tokenizer_dir)
     assert manifest == expected
     found = {name: data for name, data in snapshot(corpus.path).items() if not name.endswith(".partial")}
     assert found == snapshot(other.path)
@@ -268,7 +255,7 @@ def test_shard_sizes_and_checksums_are_as_the_manifest_says(tmp_path, tokenizer_
     import hashlib
 
     write_lines(tmp_path / "raw" / "x.jsonl", [f"document {number} " + "words " * 60 for number in range(3000)])
-    corpus, manifest = prepare(configure(tmp_path, read_unit_bytes=2**26), tokenizer_dir)
+    corpus, manifest = prepare_in_process(configure(tmp_path, read_unit_bytes=2**26), tokenizer_dir)
     shards = manifest.domains["d"]["train"].shards
     assert [shard.sequences for shard in shards[:-1]] == [64] * (len(shards) - 1)
     assert len(shards) > 10
@@ -293,7 +280,7 @@ def test_redpajama_as_it_lies(tmp_path):
         split=SplitConfig(eval=0.05),
         read_unit_bytes=2**20,
     )
-    corpus, manifest = prepare(config, str(tmp_path / "tokenizer"))
+    corpus, manifest = prepare_in_process(config, str(tmp_path / "tokenizer"))
     assert list(manifest.domains) == names
     assert manifest.malformed_lines == 0
     lines = {name: sum(1 for _ in (SAMPLE / name / f"{name}-00.jsonl").open("rb")) for name in names}
@@ -331,10 +318,10 @@ def test_raw_text_and_corpus_on_s3(tmp_path, tokenizer_dir, monkeypatch):
             path=f"s3://bucket/corpora{query}",
             domains={"d": DomainConfig(text=f"s3://bucket/raw/*.jsonl{query}", proportion=1)},
         )
-        corpus, manifest = prepare(remote, tokenizer_dir)
-        _, local = prepare(configure(tmp_path), tokenizer_dir)
+        corpus, manifest = prepare_in_process(remote, tokenizer_dir)
+        _, local = prepare_in_process(configure(tmp_path), tokenizer_dir)
         assert manifest.domains == local.domains
-        assert prepare(remote, tokenizer_dir)[1] == manifest
+        assert prepare_in_process(remote, tokenizer_dir)[1] == manifest
         assert corpus.list() == ["d", "manifest.json", "tokenizer"]
     finally:
         server.stop()
