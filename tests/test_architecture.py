@@ -24,7 +24,7 @@ LIGHT = (
     "shearing/models/families.py", "shearing/models/family.py", "shearing/models/parameters.py",
     "shearing/pruning/target.py", "shearing/data/manifest.py", "shearing/data/mixture.py",
     "shearing/data/mixture_rules.py", "shearing/data/rule_by_path.py", "shearing/data/config.py",
-    "shearing/pruning/config.py", "shearing/evaluation/config.py",
+    "shearing/pruning/config.py", "shearing/evaluation/config.py", "shearing/pruning/sparsity/config.py",
     "shearing/training/config.py",
 )  # fmt: skip
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "matplotlib", "lm_eval"}
