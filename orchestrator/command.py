@@ -72,7 +72,7 @@ def run_command(command: Command, out: TextIO, err: TextIO) -> int:
 
 def _run(command: Command, console: Console, out: TextIO) -> int:
     started = time.monotonic()
-    recipe = load_recipe(command.recipe, command.overrides)
+    recipe = load_recipe(command.recipe, command.overrides, needs=("pruning", "recovery"))
     if command.plan:
         found = plan(recipe)
         out.write(render_plan(found))

@@ -55,13 +55,15 @@ class DomainUse:
 
 def phases_of(recipe: Recipe) -> list[Phase]:
     """The training phases that a recipe asks for, in order; units that are not learned need none."""
-    phases = [Phase("recovery", "recovery", "train", recipe.recovery)]
-    if recipe.pruning.method == "learned":
-        phases.insert(0, Phase("pruning", "pruning", "prune", recipe.pruning))
+    phases = []
     if recipe.source.train is not None:
-        phases.insert(0, Phase("source", "source.train", "train", recipe.source.train))
-    if recipe.scratch is not None:
-        phases.append(Phase("scratch", "recovery", "train", recipe.recovery))
+        phases.append(Phase("source", "source.train", "train", recipe.source.train))
+    if recipe.pruning is not None and recipe.pruning.method == "learned":
+        phases.append(Phase("pruning", "pruning", "prune", recipe.pruning))
+    if recipe.recovery is not None:
+        phases.append(Phase("recovery", "recovery", "train", recipe.recovery))
+        if recipe.scratch is not None:
+            phases.append(Phase("scratch", "recovery", "train", recipe.recovery))
     return phases
 
 

@@ -90,7 +90,7 @@ def plan(recipe: Recipe) -> Plan:
         workspace=workspace_uri(recipe),
         engine=recipe.engine,
         mixture=mixture_in_words(recipe.mixture),
-        distillation=distillation_in_words(recipe.recovery.distillation),
+        distillation=distillation_in_words(recipe.recovery.distillation if recipe.recovery else None),
         method=_method(recipe),
         stages=[StagePlan(stage.name, stage.title, _state(marks.get(stage.name))) for stage in stages_of(recipe)],
         models=_models(recipe, facts),
@@ -104,6 +104,7 @@ def plan(recipe: Recipe) -> Plan:
 
 def _method(recipe: Recipe) -> str:
     """How units are chosen, in words."""
+    assert recipe.pruning is not None
     pruning, sequences = recipe.pruning, recipe.pruning.calibration.sequences
     tolerance, text = pruning.gates.tolerance, f"{sequences:,} sequences of calibration text"
     held = "every group and layer" if pruning.target.sparsity is None else "all of them together"
@@ -128,8 +129,9 @@ def _models(recipe: Recipe, facts: SourceFacts) -> list[ModelPlan]:
     if facts.shape is None or facts.config is None:
         return []
     size = DTYPE_BYTES[recipe.engine.dtype]
-    shaped = facts.target is not None and recipe.pruning.target.sparsity is None
-    named = [("source", facts.shape), *([("target", facts.target)] if shaped and facts.target else [])]
+    named = [("source", facts.shape)]
+    if facts.target is not None and recipe.pruning is not None and recipe.pruning.target.sparsity is None:
+        named.append(("target", facts.target))
     return [
         ModelPlan(
             name,
@@ -143,7 +145,7 @@ def _models(recipe: Recipe, facts: SourceFacts) -> list[ModelPlan]:
 
 
 def _gates(recipe: Recipe, facts: SourceFacts) -> dict[str, str]:
-    if facts.shape is None or facts.target is None:
+    if facts.shape is None or facts.target is None or recipe.pruning is None:
         return {}
     lines = {}
     for name, spec in pruning_groups(facts.shape, recipe.pruning).items():
@@ -171,8 +173,8 @@ def _phases(recipe: Recipe, facts: SourceFacts) -> list[PhasePlan]:
         memory, checkpoint = None, None
         if shape is not None and facts.shape is not None and facts.config is not None:
             parameters = count_parameters(facts.config, shape)
-            masked = phase.name == "pruning" and facts.target is not None
-            gates = gate_count(pruning_groups(facts.shape, recipe.pruning).values()) if masked else 0
+            masked = recipe.pruning if phase.name == "pruning" and facts.target is not None else None
+            gates = gate_count(pruning_groups(facts.shape, masked).values()) if masked is not None else 0
             memory = worker_memory(
                 parameters,
                 shape,

@@ -11,14 +11,14 @@ from pathlib import Path
 from orchestrator.data_forecast import DomainUse, Supply, data_use, estimated_supply, find_text, known_supply, phases_of
 from orchestrator.recipe import Recipe
 from orchestrator.run import stages_of
-from orchestrator.source_model import SourceFacts, inspect_source
+from orchestrator.source_model import SourceFacts, inspect_source, result_parameters
 from orchestrator.stage import recipe_conflicts
 from orchestrator.teacher_model import teacher_problems
 from orchestrator.workspace import Workspace, workspace_uri
 from shearing.data.references import load_references
 from shearing.data.rule_by_path import rule_problem
 from shearing.errors import UserError
-from shearing.pruning.target import target_parameters
+from shearing.pruning.config import PruningConfig
 from shearing.storage import open_store
 
 PROPORTION_TOLERANCE = 1e-6
@@ -89,14 +89,18 @@ def _schedule_problems(recipe: Recipe) -> list[str]:
                 f"{phase.key}.update_mixture_every_steps=null and {phase.key}.evaluate_every_steps to the cadence."
             )
         problems += _batch_problems(recipe, phase.key, training.global_batch_tokens)
-    gates, steps = recipe.pruning.gates, recipe.pruning.steps
-    if recipe.pruning.method == "learned" and gates.sparsity_warmup_steps > steps:
-        problems.append(
-            f"pruning.gates.sparsity_warmup_steps = {gates.sparsity_warmup_steps:,} is longer than the phase "
-            f"(pruning.steps = {steps:,}), so the target would never be asked for; allowed: 0 to {steps:,}. "
-            f"Set pruning.gates.sparsity_warmup_steps={max(1, steps // 5)}."
-        )
-    return problems
+    return problems + _sparsity_warmup_problems(recipe.pruning)
+
+
+def _sparsity_warmup_problems(pruning: PruningConfig | None) -> list[str]:
+    if pruning is None or pruning.method != "learned" or pruning.gates.sparsity_warmup_steps <= pruning.steps:
+        return []
+    steps = pruning.steps
+    return [
+        f"pruning.gates.sparsity_warmup_steps = {pruning.gates.sparsity_warmup_steps:,} is longer than the phase "
+        f"(pruning.steps = {steps:,}), so the target would never be asked for; allowed: 0 to {steps:,}. "
+        f"Set pruning.gates.sparsity_warmup_steps={max(1, steps // 5)}."
+    ]
 
 
 def _batch_problems(recipe: Recipe, key: str, batch_tokens: int) -> list[str]:
@@ -135,7 +139,7 @@ def _reference_problems(recipe: Recipe, facts: SourceFacts) -> list[str]:
     if recipe.references.kind == "source":
         return []
     known = facts.config is not None and facts.target is not None
-    parameters = target_parameters(facts.config, recipe.pruning.target) if known else 10**9
+    parameters = result_parameters(recipe, facts.config) if known and facts.config else 10**9
     try:
         load_references(recipe.references, recipe.corpus.domains, parameters)
     except UserError as error:
@@ -206,7 +210,7 @@ def _supply_problems(recipe: Recipe, supply: Supply) -> list[str]:
         for name, splits in supply.sequences.items()
         if splits.get("eval", 0.0) * margin < 1
     ]
-    if recipe.pruning.method in ("activation", "block_influence"):
+    if recipe.pruning is not None and recipe.pruning.method in ("activation", "block_influence"):
         problems += [
             f"domain {name} has {_count(splits.get('prune', 0.0))} sequences in its prune split ({label}), where "
             f"pruning.method = {recipe.pruning.method} takes its calibration text from; at least one is needed. Give "

@@ -49,8 +49,8 @@ class Recipe(Config):
     references: ReferencesConfig = ReferencesConfig()
     mixture: MixtureConfig = MixtureConfig()
     engine: EngineConfig = EngineConfig()
-    pruning: PruningConfig
-    recovery: RecoveryConfig
+    pruning: PruningConfig | None = None
+    recovery: RecoveryConfig | None = None
     scratch: ScratchConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     watchdog: WatchdogConfig = WatchdogConfig()

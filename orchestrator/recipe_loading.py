@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,10 +16,10 @@ from orchestrator.yaml_reading import read_yaml, write_yaml
 from shearing.errors import UserError
 
 
-def load_recipe(path: str, overrides: list[str]) -> Recipe:
+def load_recipe(path: str, overrides: list[str], needs: Iterable[str] = ()) -> Recipe:
     """The recipe in a YAML file, with overrides `section.key=value` (values in YAML) laid over it.
 
-    An override `corpus.domains.<name>=null` takes that domain out.
+    An override `corpus.domains.<name>=null` takes that domain out. Sections that `needs` names have to be there.
     Raises UserError with every unknown, missing and wrong key.
     """
     raw = read_yaml(_read_text(path), path)
@@ -28,6 +29,7 @@ def load_recipe(path: str, overrides: list[str]) -> Recipe:
         )
     problems = [problem for override in overrides if (problem := _apply_override(raw, override))]
     try:
+        problems += [_missing(section) for section in needs if raw.get(section) is None]
         recipe = recipe_from(raw)
     except UserError as error:
         raise UserError(problems + error.problems) from None
@@ -107,13 +109,18 @@ def _problem(detail: ErrorDetails, key: str, *, whole: bool) -> str:
     if detail["type"] == "extra_forbidden":
         return f"{key} is not a key of a recipe; {did_you_mean(path)}"
     if detail["type"] == "missing" and whole:
-        meaning = describe_meaning(path)
-        return f"{key} is missing; allowed: {describe_allowed(path)}.{f' {meaning}.' if meaning else ''} Set {key}=..."
+        return _missing(key)
     given = repr(detail["input"])
     given = given if len(given) <= 80 else given[:77] + "..."
     if detail["type"] == "value_error":
         return f"{key} = {given}: {detail['msg'].removeprefix('Value error, ')}" if key else detail["msg"]
     return f"{key} = {given} is not allowed; allowed: {describe_allowed(path)}"
+
+
+def _missing(key: str) -> str:
+    path = key.split(".")
+    meaning = describe_meaning(path)
+    return f"{key} is missing; allowed: {describe_allowed(path)}.{f' {meaning}.' if meaning else ''} Set {key}=..."
 
 
 def _with_root(recipe: Recipe) -> Recipe:

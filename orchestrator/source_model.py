@@ -17,7 +17,7 @@ from shearing.models.family import (
     vocabulary_of,
 )
 from shearing.models.shape import Shape
-from shearing.pruning.target import check_pruning, target_shape
+from shearing.pruning.target import check_pruning, target_parameters, target_shape
 
 _OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -179,8 +179,14 @@ def _read_config(facts: SourceFacts, recipe: Recipe) -> None:
             f"{recipe.scores.decode_tokens:,} need {scored:,} positions; the source model has {positions:,}. "
             f"Set scores.prompt_tokens={max(1, positions - recipe.scores.decode_tokens)} or lower."
         )
-    pruning = recipe.pruning
-    wrong = check_pruning(facts.family, facts.shape, pruning, source_config=config)
-    facts.problems += wrong
-    if not wrong:
-        facts.target = target_shape(facts.shape, pruning.target)
+    if recipe.pruning is not None:
+        wrong = check_pruning(facts.family, facts.shape, recipe.pruning, source_config=config)
+        facts.problems += wrong
+        if not wrong:
+            facts.target = target_shape(facts.shape, recipe.pruning.target)
+
+
+def result_parameters(recipe: Recipe, source_config: dict[str, Any]) -> int:
+    """Parameters of the model that a run makes out of the source, for a recipe that preflight let through."""
+    assert recipe.pruning is not None
+    return target_parameters(source_config, recipe.pruning.target)

@@ -5,10 +5,10 @@ Importing this loads neither torch nor Ray: a body imports what it needs when it
 
 from typing import Any
 
+from orchestrator.source_model import result_parameters
 from orchestrator.stage import Context, Stage
 from orchestrator.workspace import fingerprint
 from shearing.data.manifest import MANIFEST_NAME
-from shearing.pruning.target import target_parameters
 from shearing.storage import open_store
 
 _BASE = ("seed", "corpus", "source", "engine.dtype", "evaluation")
@@ -67,8 +67,7 @@ def _references(context: Context) -> dict[str, Any]:
         from shearing.data.references import load_references
         from shearing.models.loading import read_config
 
-        config = read_config(source_model(context))
-        parameters = target_parameters(config, context.recipe.pruning.target)
+        parameters = result_parameters(context.recipe, read_config(source_model(context)))
         found = load_references(references, domains, parameters)
         losses, warnings, errors = found.losses, found.warnings, found.standard_errors
     for warning in warnings:

@@ -14,7 +14,7 @@ KEY = "recovery.distillation.teacher"
 
 def teacher_problems(recipe: Recipe, source: SourceFacts) -> list[str]:
     """Everything that keeps a teacher from teaching; nothing where the source teaches, or nobody."""
-    distillation = recipe.recovery.distillation
+    distillation = recipe.recovery.distillation if recipe.recovery is not None else None
     if distillation is None or distillation.teacher is None:
         return []
     folder = Path(distillation.teacher).expanduser()
@@ -45,7 +45,7 @@ def teacher_problems(recipe: Recipe, source: SourceFacts) -> list[str]:
 
 def teacher_parameters(recipe: Recipe, source: SourceFacts) -> int:
     """Parameters of the teacher, 0 without one; from the bytes of its weights where its family is not known here."""
-    distillation = recipe.recovery.distillation
+    distillation = recipe.recovery.distillation if recipe.recovery is not None else None
     if distillation is None:
         return 0
     if distillation.teacher is None:

@@ -8,60 +8,47 @@ from actors.export import choose_on_cluster, export_on_cluster, extract_on_clust
 from actors.held_out_losses import measure_losses
 from actors.training import PhaseResult, run_phase
 from orchestrator.console import format_duration
-from orchestrator.recipe import Recipe
+from orchestrator.phases import choosing_config, export_config, phase_config
 from orchestrator.source_model import trained_source_config
 from orchestrator.stage import Context
 from orchestrator.stages import score_protocol, source_model, task_resources
 from shearing.data.manifest import TOKENIZER_FOLDER
 from shearing.models.directories import local_directory, publish_directory
 from shearing.models.loading import GENERATION_FILE, TOKENIZER_FILES, write_json
-from shearing.training.choosing import ChoosingConfig
-from shearing.training.config import DistillationConfig, TrainingConfig
 from shearing.training.export import ExportConfig, agreement, with_mean
-from shearing.training.phase import PhaseConfig, PhaseName
+from shearing.training.phase import PhaseName
 from shearing.training.shrinking import describe_forced
 
 
 def run_source(context: Context) -> dict[str, Any]:
     """A llama of the recipe's shape, trained from nothing on the corpus by the loop that trains everything."""
-    train = context.recipe.source.train
-    assert train is not None
     start = _write_source_shape(context)
-    training = TrainingConfig.model_validate(train.model_dump(include=set(TrainingConfig.model_fields)))
-    result = _train(context, "source", start, training, fresh=True)
-    return _export(context, result, start, "source")
+    return _export(context, _train(context, "source", start), start, "source")
 
 
 def run_pruning(context: Context) -> dict[str, Any]:
     """Mask learning, or choosing at once. Says plainly which gates are not within tolerance of the target."""
-    if context.recipe.pruning.method != "learned":
-        return _choose(context)
-    result = _train(context, "pruning", source_model(context), context.recipe.pruning)
+    pruning = context.recipe.pruning
+    assert pruning is not None
+    if pruning.method != "learned":
+        return _choose(context, pruning.method)
+    result = _train(context, "pruning", source_model(context))
     for problem in result.outcome["missed"]:
         context.console.warn(problem)
     if result.outcome["converged"]:
-        tolerance = context.recipe.pruning.gates.tolerance
-        context.console.note(f"every group and layer is within {tolerance:g} of its target sparsity")
+        context.console.note(f"every group and layer is within {pruning.gates.tolerance:g} of its target sparsity")
     return {"checkpoint": result.checkpoint, **result.outcome}
 
 
-def _choose(context: Context) -> dict[str, Any]:
-    recipe = context.recipe
-    config = ChoosingConfig(
+def _choose(context: Context, method: str) -> dict[str, Any]:
+    config = choosing_config(
+        context.recipe,
         source=source_model(context),
         destination=context.workspace.store.child("chosen").uri,
         corpus=context.outputs["corpus"]["path"],
-        proportions=_proportions(recipe),
-        batch_sequences=recipe.engine.micro_batch_sequences,
-        dtype=recipe.engine.dtype,
-        trust_remote_code=recipe.source.trust_remote_code,
-        pruning=recipe.pruning,
-        seed=recipe.seed,
     )
     outputs = choose_on_cluster(config, **task_resources(context))
-    context.console.note(
-        f"chosen by {recipe.pruning.method} in {format_duration(outputs['seconds'])}, without mask learning"
-    )
+    context.console.note(f"chosen by {method} in {format_duration(outputs['seconds'])}, without mask learning")
     return outputs
 
 
@@ -90,53 +77,26 @@ def run_extraction(context: Context) -> dict[str, Any]:
 
 def run_recovery(context: Context) -> dict[str, Any]:
     """Continued pretraining of the pruned model."""
-    pruned, distillation = context.workspace.store.child("pruned").uri, context.recipe.recovery.distillation
-    if distillation is not None and distillation.teacher is None:
-        distillation = distillation.model_copy(update={"teacher": source_model(context)})
-    result = _train(context, "recovery", pruned, context.recipe.recovery, distillation=distillation)
-    return _export(context, result, pruned, "model")
+    pruned = context.workspace.store.child("pruned").uri
+    return _export(context, _train(context, "recovery", pruned), pruned, "model")
 
 
 def run_scratch(context: Context) -> dict[str, Any]:
     """The pruned model's shape with fresh weights, on as many tokens as recovery had."""
-    scratch = context.recipe.scratch
-    assert scratch is not None
     pruned = context.workspace.store.child("pruned").uri
-    changes = {"learning_rate": scratch.learning_rate} if scratch.learning_rate else {}
-    training = context.recipe.recovery.model_copy(update=changes)
-    result = _train(context, "scratch", pruned, training, fresh=True)
-    return _export(context, result, pruned, "scratch")
+    return _export(context, _train(context, "scratch", pruned), pruned, "scratch")
 
 
-def _train(
-    context: Context,
-    name: PhaseName,
-    model: str,
-    training: TrainingConfig,
-    *,
-    fresh: bool = False,
-    distillation: DistillationConfig | None = None,
-) -> PhaseResult:
-    recipe = context.recipe
-    references = context.outputs.get("references", {}).get("losses", {})
-    phase = PhaseConfig(
-        name=name,
+def _train(context: Context, name: PhaseName, model: str) -> PhaseResult:
+    phase = phase_config(
+        context.recipe,
+        name,
         model=model,
-        fresh=fresh,
-        trust_remote_code=recipe.source.trust_remote_code,
-        training=training,
-        engine=recipe.engine,
-        evaluation=recipe.evaluation,
+        source=model if name == "source" else source_model(context),
         corpus=context.outputs["corpus"]["path"],
-        split="prune" if name == "pruning" else "train",
-        proportions=_proportions(recipe),
-        # a source model has no references yet, so nothing could steer its mixture
-        mixture=recipe.mixture if references else recipe.mixture.unsteered(),
-        references=references,
-        watchdog=recipe.watchdog,
-        seed=recipe.seed,
-        distillation=distillation,
+        references=context.outputs.get("references", {}).get("losses", {}),
     )
+    training = phase.training
 
     def show(report: dict[str, Any]) -> None:
         if report["kind"] == "step":
@@ -148,24 +108,9 @@ def _train(
     return run_phase(phase, context.workspace.store.uri, show)
 
 
-def _proportions(recipe: Recipe) -> dict[str, float]:
-    """The prior proportions, scaled to 1."""
-    total = sum(domain.proportion for domain in recipe.corpus.domains.values())
-    return {name: domain.proportion / total for name, domain in recipe.corpus.domains.items()}
-
-
 def _export_config(context: Context, checkpoint: str, source: str, destination: str) -> ExportConfig:
-    recipe = context.recipe
-    return ExportConfig(
-        checkpoint=checkpoint,
-        source=source,
-        destination=destination,
-        corpus=context.outputs["corpus"]["path"],
-        sequences_per_domain=recipe.evaluation.sequences_per_domain,
-        batch_sequences=recipe.engine.micro_batch_sequences,
-        dtype=recipe.engine.dtype,
-        trust_remote_code=recipe.source.trust_remote_code,
-    )
+    corpus = context.outputs["corpus"]["path"]
+    return export_config(context.recipe, checkpoint=checkpoint, source=source, destination=destination, corpus=corpus)
 
 
 def _export(context: Context, result: PhaseResult, source: str, folder: str) -> dict[str, Any]:

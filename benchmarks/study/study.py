@@ -18,14 +18,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from study_tasks import CLAIMS, Budget, Task, study_tasks
+from study_tasks import CLAIMS, RESULT, Budget, Task, study_tasks
 
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_loading import load_recipe
 from orchestrator.workspace import fingerprint
 
 RECIPE = Path(__file__).with_name("study.yaml")
-RESULT = "result.json"
 
 
 def recipe_of(task: Task, overrides: list[str]) -> Recipe:

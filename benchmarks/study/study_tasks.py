@@ -11,6 +11,9 @@ from shearing.pruning.target import target_shape
 
 Kind = Literal["source", "prune", "train", "speed"]
 
+RESULT = "result.json"
+"""In the folder of each task that is done."""
+
 CLAIMS = ("scratch", "mixture", "budget", "cofi", "method", "distillation", "loss_from")
 SCRATCH_MULTIPLES = (1, 2, 4, 8)
 RULES = ("uniform", "temperature", "sheared", "sheared_unclipped", "dro", "exp3")  # and static, which claim 1 trains

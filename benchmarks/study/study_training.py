@@ -1,6 +1,7 @@
 """One task of the study in one process: the product's own phases, streams from Parquet, no Ray around them."""
 
 import contextlib
+import json
 import os
 import tempfile
 import time
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from study_tasks import Task
+from study_tasks import RESULT, Task
 
+from orchestrator.phases import choosing_config, export_config, phase_config
 from orchestrator.recipe import Recipe
 from orchestrator.source_model import trained_source_config
 from shearing.data.manifest import TOKENIZER_FOLDER, load_manifest
@@ -24,8 +26,7 @@ from shearing.evaluation.throughput import Load, measure_speeds
 from shearing.models.loading import load_model, read_config, write_json
 from shearing.models.parameters import count_parameters
 from shearing.storage import open_store
-from shearing.training.choosing import ChoosingConfig, choose_and_write
-from shearing.training.config import TrainingConfig
+from shearing.training.choosing import choose_and_write
 from shearing.training.engine import prepare_deepspeed
 from shearing.training.export import ExportConfig, export_model
 from shearing.training.loop import summed_losses, training_reports
@@ -79,8 +80,6 @@ def run_task(task: Task, recipe: Recipe, corpus: str, folder: Path, models: dict
 
 
 def _source(_task: Task, recipe: Recipe, corpus: str, folder: Path, _models: dict[str, Path]) -> dict[str, Any]:
-    train = recipe.source.train
-    assert train is not None
     manifest = load_manifest(open_store(corpus))
     shape = folder / "shape"
     shape.mkdir(parents=True, exist_ok=True)
@@ -88,8 +87,7 @@ def _source(_task: Task, recipe: Recipe, corpus: str, folder: Path, _models: dic
     write_json(shape / "config.json", trained_source_config(recipe, tokenizer.vocab_size, tokenizer.boundary_token_id))
     for path in Path(open_store(corpus).child(TOKENIZER_FOLDER).path).iterdir():
         (shape / path.name).write_bytes(path.read_bytes())
-    training = TrainingConfig.model_validate(train.model_dump(include=set(TrainingConfig.model_fields)))
-    phase = _phase(recipe, "source", shape, corpus, training, fresh=True)
+    phase = phase_config(recipe, "source", model=str(shape), source=str(shape), corpus=corpus, references={})
     rows = _train(phase, folder / "checkpoint")
     export_model(_export(recipe, folder, shape, corpus))
     return _scored(folder / "model", corpus) | {"rows": rows}
@@ -98,11 +96,13 @@ def _source(_task: Task, recipe: Recipe, corpus: str, folder: Path, _models: dic
 def _prune(task: Task, recipe: Recipe, corpus: str, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
     source = models[task.models[0]]
     began_s = time.perf_counter()
+    assert recipe.pruning is not None
     if recipe.pruning.method == "learned":
-        rows = _train(_phase(recipe, "pruning", source, corpus, recipe.pruning), folder / "checkpoint")
+        rows = _train(_phase(recipe, "pruning", source, corpus, models), folder / "checkpoint")
     else:
         rows = []
-        choose_and_write(_choosing(recipe, folder, source, corpus))
+        chosen = str(folder / "checkpoint")
+        choose_and_write(choosing_config(recipe, source=str(source), destination=chosen, corpus=corpus))
     choosing_s = time.perf_counter() - began_s
     outcome = extract_model(_export(recipe, folder, source, corpus).model_copy(update={"pruning": recipe.pruning}))
     proof = {name: losses["mean"] for name, losses in outcome["proof"].items()}
@@ -111,12 +111,7 @@ def _prune(task: Task, recipe: Recipe, corpus: str, folder: Path, models: dict[s
 
 def _recover(task: Task, recipe: Recipe, corpus: str, folder: Path, models: dict[str, Path]) -> dict[str, Any]:
     pruned = models[task.models[0]]
-    phase = _phase(recipe, "scratch" if task.fresh else "recovery", pruned, corpus, recipe.recovery, fresh=task.fresh)
-    taught = recipe.recovery.distillation
-    if taught is not None:
-        taught = taught.model_copy(update={"teacher": str(models["source"])})
-    references = _losses(models["source"], corpus)
-    phase = phase.model_copy(update={"references": references, "distillation": taught})
+    phase = _phase(recipe, "scratch" if task.fresh else "recovery", pruned, corpus, models)
     rows = _train(phase, folder / "checkpoint")
     export_model(_export(recipe, folder, pruned, corpus))
     return _scored(folder / "model", corpus) | {"rows": rows, "references": phase.references}
@@ -140,25 +135,11 @@ def _speed(task: Task, recipe: Recipe, corpus: str, folder: Path, models: dict[s
 _BODIES = {"source": _source, "prune": _prune, "train": _recover, "speed": _speed}
 
 
-def _phase(
-    recipe: Recipe, name: PhaseName, model: Path, corpus: str, training: TrainingConfig, fresh: bool = False
-) -> PhaseConfig:
-    domains = recipe.corpus.domains
-    return PhaseConfig(
-        name=name,
-        model=str(model),
-        fresh=fresh,
-        training=training,
-        engine=recipe.engine,
-        evaluation=recipe.evaluation,
-        corpus=corpus,
-        split="prune" if name == "pruning" else "train",
-        proportions={domain: config.proportion for domain, config in domains.items()},
-        mixture=recipe.mixture if name == "recovery" else recipe.mixture.unsteered(),
-        references=dict.fromkeys(domains, 0.0),
-        watchdog=recipe.watchdog,
-        seed=recipe.seed,
-    )
+def _phase(recipe: Recipe, name: PhaseName, model: Path, corpus: str, models: dict[str, Path]) -> PhaseConfig:
+    """A phase after the source's, whose model is the teacher and gives the references, as its result says them."""
+    source = models["source"]
+    references = json.loads((source.parent / RESULT).read_text())["losses"]
+    return phase_config(recipe, name, model=str(model), source=str(source), corpus=corpus, references=references)
 
 
 def _train(phase: PhaseConfig, checkpoint: Path) -> Rows:
@@ -175,28 +156,9 @@ def _train(phase: PhaseConfig, checkpoint: Path) -> Rows:
 
 
 def _export(recipe: Recipe, folder: Path, source: Path, corpus: str) -> ExportConfig:
-    return ExportConfig(
-        checkpoint=str(folder / "checkpoint"),
-        source=str(source),
-        destination=str(folder / "model"),
-        corpus=corpus,
-        sequences_per_domain=SCORED_SEQUENCES,
-        batch_sequences=recipe.engine.micro_batch_sequences,
-        dtype=recipe.engine.dtype,
-    )
-
-
-def _choosing(recipe: Recipe, folder: Path, source: Path, corpus: str) -> ChoosingConfig:
-    return ChoosingConfig(
-        source=str(source),
-        destination=str(folder / "checkpoint"),
-        corpus=corpus,
-        proportions={domain: config.proportion for domain, config in recipe.corpus.domains.items()},
-        batch_sequences=recipe.engine.micro_batch_sequences,
-        dtype=recipe.engine.dtype,
-        pruning=recipe.pruning,
-        seed=recipe.seed,
-    )
+    places = {"checkpoint": folder / "checkpoint", "source": source, "destination": folder / "model"}
+    config = export_config(recipe, corpus=corpus, **{name: str(place) for name, place in places.items()})
+    return config.model_copy(update={"sequences_per_domain": SCORED_SEQUENCES})
 
 
 def _scored(model: Path, corpus: str) -> dict[str, Any]:

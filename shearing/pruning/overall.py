@@ -6,7 +6,7 @@ product is formed. Shape suffixes: L layers, X units of a row.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,29 +80,17 @@ class OverallSparsity:
         Args:
             gates: By group, [L, X] or [X]; a group left out is all open. Differentiable.
         """
-        shape, costs = self.shape, self.costs
-        ratio = shape.num_heads // shape.num_kv_heads
-        layers = torch.ones(shape.num_layers, dtype=torch.float64)
+        layers = torch.ones(self.shape.num_layers, dtype=torch.float64)
 
-        def total(name: str, size: int) -> Tensor:
-            return gates[name].sum(-1, dtype=torch.float64).cpu() if name in gates else layers * size
+        def units(name: str, size: int) -> Tensor:
+            if name not in gates:
+                return layers * size
+            open_LX = gates[name].double().cpu()
+            return open_LX.sum(-1) if open_LX.ndim == 2 else open_LX
 
-        def layer(name: str) -> Tensor:
-            return gates[name].double().cpu() if name in gates else layers
-
-        hidden = total("hidden", shape.hidden_size) if "hidden" in gates else float(shape.hidden_size)
-        if ratio == 1:  # a head goes with its key and value
-            queries_L = key_values_L = total("head", shape.num_heads)
-        else:
-            key_values_L = total("kv_head", shape.num_kv_heads)
-            queries_L = key_values_L * total("head", ratio)
-        attention_L = queries_L * (hidden * costs.query + costs.query_bias)
-        attention_L = attention_L + key_values_L * (hidden * costs.key_value + costs.key_value_bias)
-        units_L = total("intermediate", shape.intermediate_size)
-        mlp_L = units_L * (hidden * costs.intermediate + costs.intermediate_bias)
-        both_L = layer("attention_layer") * (attention_L + hidden * costs.attention)
-        both_L = both_L + layer("mlp_layer") * (mlp_L + hidden * costs.mlp)
-        return both_L.sum()
+        hidden = gates["hidden"].sum(dtype=torch.float64).cpu() if "hidden" in gates else self.shape.hidden_size
+        left_L: Tensor = _left(self.shape, self.costs, hidden, units)
+        return left_L.sum()
 
     def expected(self, open_p: Mapping[str, Tensor]) -> Tensor:
         """Expected sparsity over all prunable parameters, a scalar; differentiable in P(z > 0) of every gate."""
@@ -205,20 +193,28 @@ class _Count:
         self.left = sum(self.layers)
 
     def _layer(self, layer: int) -> float:
-        shape, costs = self.shape, self.costs
-
         def units(name: str, size: int) -> float:
             return self.sums[name][layer] if name in self.sums else float(size)
 
-        if shape.num_heads == shape.num_kv_heads:
-            queries = key_values = units("head", shape.num_heads)
-        else:
-            key_values = units("kv_head", shape.num_kv_heads)
-            queries = key_values * units("head", shape.num_heads // shape.num_kv_heads)
-        attention = queries * (self.hidden * costs.query + costs.query_bias)
-        attention += key_values * (self.hidden * costs.key_value + costs.key_value_bias) + self.hidden * costs.attention
-        mlp = units("intermediate", shape.intermediate_size) * (
-            self.hidden * costs.intermediate + costs.intermediate_bias
-        )
-        mlp += self.hidden * costs.mlp
-        return units("attention_layer", 1) * attention + units("mlp_layer", 1) * mlp
+        left: float = _left(self.shape, self.costs, self.hidden, units)
+        return left
+
+
+def _left(shape: Shape, costs: UnitCosts, hidden: Any, units: Callable[[str, int], Any]) -> Any:
+    """Prunable parameters that stay in a layer, or in each one: numbers or tensors alike.
+
+    Args:
+        shape: Of the source.
+        costs: Of its units.
+        hidden: Dimensions that stay.
+        units: What stays of a group, given its name and whole size.
+    """
+    if shape.num_heads == shape.num_kv_heads:  # a head goes with its key and value
+        queries = key_values = units("head", shape.num_heads)
+    else:
+        key_values = units("kv_head", shape.num_kv_heads)
+        queries = key_values * units("head", shape.num_heads // shape.num_kv_heads)
+    attention = queries * (hidden * costs.query + costs.query_bias) + hidden * costs.attention
+    attention = attention + key_values * (hidden * costs.key_value + costs.key_value_bias)
+    mlp = units("intermediate", shape.intermediate_size) * (hidden * costs.intermediate + costs.intermediate_bias)
+    return units("attention_layer", 1) * attention + units("mlp_layer", 1) * (mlp + hidden * costs.mlp)

@@ -31,7 +31,6 @@ from shearing.storage import Store, open_store
 from shearing.training.engine import DTYPES
 
 GATES_NAME = "gates.safetensors"
-SCORES_NAME = "scores.safetensors"
 
 
 class ChoosingConfig(Config):
@@ -56,10 +55,8 @@ def choose_and_write(config: ChoosingConfig) -> dict[str, Any]:
     began_s = time.perf_counter()
     shape = shape_of(read_config(local_directory(config.source)))
     groups = pruning_groups(shape, config.pruning)
-    scores = _scores(config, groups)
-    gates = choose_units(scores, groups)
+    gates = choose_units(_scores(config, groups), groups)
     store = open_store(config.destination)
-    store.write_bytes(SCORES_NAME, save({name: scores[name].float().cpu().contiguous() for name in groups}))
     store.write_bytes(GATES_NAME, save({name: gate.contiguous() for name, gate in gates.items()}))
     return {
         "checkpoint": config.destination,

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from shearing.config import Config
-from shearing.evaluation.held_out import held_out_sequences
-from shearing.evaluation.losses import domain_loss_sums, mean_losses
 from shearing.models.directories import local_directory, publish_directory
 from shearing.models.loading import read_config, read_generation_config, write_model_directory
 from shearing.models.parameters import count_parameters
@@ -94,12 +92,6 @@ def agreement(proof: dict[str, dict[str, Any]], dtype: str) -> dict[str, Any]:
 def with_mean(losses: dict[str, float]) -> dict[str, Any]:
     """Losses per domain and their plain mean, in nats a token."""
     return {"mean": sum(losses.values()) / len(losses), "domains": losses}
-
-
-def held_out_losses(model: nn.Module, config: ExportConfig, device: str) -> dict[str, Any]:
-    """Loss per domain of a model on the corpus' held-out text, and their mean, in nats a token."""
-    sequences = held_out_sequences(open_store(config.corpus), config.sequences_per_domain)
-    return with_mean(mean_losses(domain_loss_sums(model, sequences, config.batch_sequences, device)))
 
 
 def write_directory(destination: Store, config: dict[str, Any], tensors: Any, source: Path) -> None:

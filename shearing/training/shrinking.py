@@ -1,11 +1,13 @@
 """The pruned model out of what was learned or chosen, and the proof that nothing changed on the way."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shearing.evaluation.held_out import held_out_sequences
+from shearing.evaluation.losses import domain_loss_sums, mean_losses
 from shearing.models.directories import local_directory
 from shearing.models.family import family_of, shape_of
 from shearing.models.loading import load_model, new_model, read_config
@@ -19,7 +21,7 @@ from shearing.storage import open_store
 from shearing.training.checkpoint import CheckpointReader
 from shearing.training.choosing import read_chosen_gates
 from shearing.training.engine import DTYPES
-from shearing.training.export import CheckpointTensors, ExportConfig, fill, held_out_losses, write_directory
+from shearing.training.export import CheckpointTensors, ExportConfig, fill, with_mean, write_directory
 from shearing.training.mask_learning import learned_gates
 
 GatesByGroup = Mapping[str, Tensor]
@@ -48,7 +50,12 @@ def extract_model(config: ExportConfig) -> dict[str, Any]:
     else:
         tensors = {name: parameter.detach() for name, parameter in masked.named_parameters()}
         soft = exact = read_chosen_gates(open_store(config.checkpoint))
-    proof, forced = _masked_losses(masked.to(device), config, soft, exact)
+    sequences = held_out_sequences(open_store(config.corpus), config.sequences_per_domain)
+
+    def losses(model: nn.Module) -> dict[str, Any]:
+        return with_mean(mean_losses(domain_loss_sums(model, sequences, config.batch_sequences, device)))
+
+    proof, forced = _masked_losses(masked.to(device), losses, soft, exact)
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()} if device != "cpu" else tensors
     del masked
 
@@ -63,7 +70,7 @@ def extract_model(config: ExportConfig) -> dict[str, Any]:
     small: nn.Module = new_model(new_config, dtype)
     small.to(device)
     fill(small, extracted)
-    proof["extracted"] = held_out_losses(small, config, device)
+    proof["extracted"] = losses(small)
     write_directory(open_store(config.destination), new_config, extracted.items(), source)
     return {
         "model": config.destination,
@@ -78,20 +85,19 @@ def extract_model(config: ExportConfig) -> dict[str, Any]:
 
 
 def _masked_losses(
-    model: nn.Module, config: ExportConfig, learned: GatesByGroup, exact: GatesByGroup
+    model: nn.Module, losses: Callable[[nn.Module], dict[str, Any]], learned: GatesByGroup, exact: GatesByGroup
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Losses with the gates as learned and at the exact target; and for each group what the target forced, and cost."""
-    device = str(next(model.parameters()).device)
     slots = attach_gates(model, family_of(model.config))
 
-    def losses(z: GatesByGroup) -> dict[str, Any]:
+    def masked(z: GatesByGroup) -> dict[str, Any]:
         slots.set(z)
-        return held_out_losses(model, config, device)
+        return losses(model)
 
-    at_target = losses(exact)
-    as_learned = at_target if learned is exact else losses(learned)
+    at_target = masked(exact)
+    as_learned = at_target if learned is exact else masked(learned)
     forced = {
-        name: {"units": units, "nats": losses({**learned, name: exact[name]})["mean"] - as_learned["mean"]}
+        name: {"units": units, "nats": masked({**learned, name: exact[name]})["mean"] - as_learned["mean"]}
         for name, units in forced_units(learned, exact).items()
     }
     slots.set(None)

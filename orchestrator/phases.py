@@ -1,0 +1,93 @@
+"""What a recipe means for its phases: settings of training, choosing and export, as plain values for the workers."""
+
+from orchestrator.recipe import Recipe
+from shearing.training.choosing import ChoosingConfig
+from shearing.training.config import RecoveryConfig, TrainingConfig
+from shearing.training.export import ExportConfig
+from shearing.training.phase import PhaseConfig, PhaseName
+
+
+def phase_config(
+    recipe: Recipe, name: PhaseName, *, model: str, source: str, corpus: str, references: dict[str, float]
+) -> PhaseConfig:
+    """One phase of training.
+
+    Args:
+        recipe: Of the run.
+        name: Which phase. `source` and `scratch` start from a shape alone, with fresh weights.
+        model: Directory that it starts from.
+        source: The source model's, the teacher unless the recipe names another.
+        corpus: The prepared corpus' URI.
+        references: Reference loss by domain; none where nothing can steer the mixture yet.
+    """
+    training = training_config(recipe, name)
+    distillation = training.distillation if isinstance(training, RecoveryConfig) and name == "recovery" else None
+    if distillation is not None and distillation.teacher is None:
+        distillation = distillation.model_copy(update={"teacher": source})
+    return PhaseConfig(
+        name=name,
+        model=model,
+        fresh=name in ("source", "scratch"),
+        trust_remote_code=recipe.source.trust_remote_code,
+        training=training,
+        engine=recipe.engine,
+        evaluation=recipe.evaluation,
+        corpus=corpus,
+        split="prune" if name == "pruning" else "train",
+        proportions=proportions(recipe),
+        mixture=recipe.mixture if references else recipe.mixture.unsteered(),
+        references=references,
+        watchdog=recipe.watchdog,
+        seed=recipe.seed,
+        distillation=distillation,
+    )
+
+
+def training_config(recipe: Recipe, name: PhaseName) -> TrainingConfig:
+    """The schedule of a phase: the section of the recipe that it has, or for `scratch` recovery's with its own rate."""
+    if name == "source":
+        assert recipe.source.train is not None
+        return TrainingConfig.model_validate(recipe.source.train.model_dump(include=set(TrainingConfig.model_fields)))
+    if name == "pruning":
+        assert recipe.pruning is not None
+        return recipe.pruning
+    assert recipe.recovery is not None
+    if name == "scratch" and recipe.scratch is not None and recipe.scratch.learning_rate is not None:
+        return recipe.recovery.model_copy(update={"learning_rate": recipe.scratch.learning_rate})
+    return recipe.recovery
+
+
+def choosing_config(recipe: Recipe, *, source: str, destination: str, corpus: str) -> ChoosingConfig:
+    """Choosing units of a source model at once; directories and the corpus by path or URI."""
+    assert recipe.pruning is not None
+    return ChoosingConfig(
+        source=source,
+        destination=destination,
+        corpus=corpus,
+        proportions=proportions(recipe),
+        batch_sequences=recipe.engine.micro_batch_sequences,
+        dtype=recipe.engine.dtype,
+        trust_remote_code=recipe.source.trust_remote_code,
+        pruning=recipe.pruning,
+        seed=recipe.seed,
+    )
+
+
+def export_config(recipe: Recipe, *, checkpoint: str, source: str, destination: str, corpus: str) -> ExportConfig:
+    """A model out of a phase's checkpoint; `source` is the directory whose shape and tokenizer it has."""
+    return ExportConfig(
+        checkpoint=checkpoint,
+        source=source,
+        destination=destination,
+        corpus=corpus,
+        sequences_per_domain=recipe.evaluation.sequences_per_domain,
+        batch_sequences=recipe.engine.micro_batch_sequences,
+        dtype=recipe.engine.dtype,
+        trust_remote_code=recipe.source.trust_remote_code,
+    )
+
+
+def proportions(recipe: Recipe) -> dict[str, float]:
+    """The prior proportions, scaled to 1."""
+    total = sum(domain.proportion for domain in recipe.corpus.domains.values())
+    return {name: domain.proportion / total for name, domain in recipe.corpus.domains.items()}
