@@ -24,11 +24,10 @@ LIGHT = (
     "shearing/models/families.py", "shearing/models/family.py", "shearing/models/parameters.py",
     "shearing/pruning/target.py", "shearing/data/manifest.py", "shearing/data/mixture.py",
     "shearing/data/mixture_rules.py", "shearing/data/rule_by_path.py", "shearing/data/config.py",
-    "shearing/pruning/config.py", "shearing/evaluation/config.py",
     "shearing/pruning/config.py", "shearing/pruning/slicing/config.py", "shearing/pruning/slicing/plan.py",
-    "shearing/pruning/sparsity/config.py", "shearing/training/config.py",
+    "shearing/pruning/sparsity/config.py", "shearing/evaluation/config.py", "shearing/evaluation/paired.py",
     "orchestrator/methods.py", "orchestrator/comparison_checks.py", "orchestrator/comparison_run.py",
-    "orchestrator/comparison_stages.py", "orchestrator/comparison_command.py", "shearing/evaluation/paired.py",
+    "orchestrator/comparison_stages.py", "orchestrator/comparison_command.py", "shearing/training/config.py",
 )  # fmt: skip
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "matplotlib", "lm_eval", "peft"}
 

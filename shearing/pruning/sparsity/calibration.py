@@ -29,6 +29,12 @@ def add_hessians(parts: Sequence[Hessians]) -> Hessians:
     return total
 
 
+def text_digest(tokens_NT: Tensor, attention_mask_NT: Tensor | None = None) -> str:
+    """A name for the whole calibration text, however many shares it is cut into."""
+    mask = b"" if attention_mask_NT is None else attention_mask_NT.to(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(tokens_NT.to(torch.int64).numpy().tobytes() + mask).hexdigest()[:16]
+
+
 class CalibrationShare:
     """Hidden states of some calibration sequences; one layer is in memory at a time.
 
@@ -57,11 +63,6 @@ class CalibrationShare:
         self._batches = [slice(start, start + batch_sequences) for start in starts]
         self._hidden: list[Tensor] = []
         self._layer: tuple[int, nn.Module] | None = None
-
-    def digest(self) -> str:
-        """A name for the text of this share."""
-        mask = b"" if self._mask_NT is None else self._mask_NT.to(torch.uint8).numpy().tobytes()
-        return hashlib.sha256(self._tokens_NT.to(torch.int64).numpy().tobytes() + mask).hexdigest()[:16]
 
     def embed(self) -> None:
         """Go to what the first layer reads."""

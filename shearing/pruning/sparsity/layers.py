@@ -33,9 +33,6 @@ INPUTS_FILE = "inputs.json"
 class Calibration(Protocol):
     """All calibration text on its way through the model: one share of it, or many whose sums are added."""
 
-    def digest(self) -> str:
-        """A name for the text."""
-
     def embed(self) -> None:
         """Go to what the first layer reads."""
 
@@ -69,7 +66,7 @@ class FinishedLayers:
         folder: Made if it is not there; emptied where it holds layers of other inputs.
         source: The source model's directory.
         config: What is asked for.
-        calibration: The name of the calibration text; None without.
+        calibration: The name of the calibration text, from `text_digest`; None without.
     """
 
     def __init__(self, folder: Path, source: str | Path, config: SparsityConfig, calibration: str | None) -> None:

@@ -16,6 +16,7 @@ from shearing.evaluation import harness
 from shearing.evaluation.config import TasksConfig
 from shearing.evaluation.harness import INSTALL, check_tasks, score_tasks
 from shearing.evaluation.inference import Inference
+from shearing.models.loading import load_model, model_tensors, new_model, write_model_directory
 
 INFERENCE = Inference(batch_sequences=3)
 TASK = """
@@ -58,6 +59,21 @@ def model_dir(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def uneven_dir(tmp_path_factory):
+    """A model that no stock class loads: one layer without MLP and with half the heads."""
+    folder = tmp_path_factory.mktemp("uneven")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {"model_type": "llama", "vocab_size": VOCABULARY, "head_dim": 16, "initializer_range": 0.3, **shape}
+    halves = {"attention": ["self_attn", "input_layernorm"], "mlp": ["mlp", "post_attention_layernorm"]}
+    layers = [{"num_attention_heads": 1, "num_key_value_heads": 1, "skip": ["mlp"]}, {"skip": []}]
+    config |= {"architectures": ["UnevenLlamaForCausalLM"], "max_position_embeddings": 128}
+    config |= {"uneven": {"path": "model.layers", "modules": halves, "layers": layers}}
+    write_model_directory(folder / "model", config, model_tensors(new_model(config, seed=4)))
+    write_byte_tokenizer(folder / "model")
+    return str(folder / "model")
+
+
 def log_likelihood(model, tokenizer, question, choice):
     context, whole = (tokenizer(text, return_tensors="pt").input_ids for text in (question, f"{question} {choice}"))
     with torch.no_grad():
@@ -65,11 +81,12 @@ def log_likelihood(model, tokenizer, question, choice):
     return sum(float(log_TV[t - 1, whole[0, t]]) for t in range(context.shape[1], whole.shape[1]))
 
 
-def test_accuracy_is_that_of_log_likelihoods(task_files, model_dir):
+@pytest.mark.parametrize("kind", ["model_dir", "uneven_dir"])
+def test_accuracy_is_that_of_log_likelihoods(task_files, kind, request):
     """Another model than the one named, questions left out or doubled, continuations scored at the wrong tokens."""
-    folder, questions = task_files
+    (folder, questions), model_dir = task_files, request.getfixturevalue(kind)
     found = score_tasks(model_dir, TasksConfig(names=["colours"], files=str(folder)), INFERENCE)
-    model = LlamaForCausalLM.from_pretrained(model_dir)
+    model = load_model(model_dir)
     tokenizer = INFERENCE.load_tokenizer(model_dir)
     right = []
     for row in questions:
