@@ -53,7 +53,7 @@ def largest_difference(folder, expected):
     """Of two models whose rotations may differ in the sign of a direction."""
     found = dict(StoredTensors(folder))
     assert found.keys() == expected.keys()
-    return max(float((found[name].abs() - expected[name].abs()).abs().max()) for name in expected)
+    return max(float((found[name].abs() - tensor.abs()).abs().max()) for name, tensor in expected.items())
 
 
 def run(wanted, after=None):
