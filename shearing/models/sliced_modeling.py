@@ -124,7 +124,7 @@ class Sliced:
         names, first, last = description["names"], description["first"], description["last"]
         for name in names["embeddings"]:
             table = model.get_submodule(name)
-            table.weight = nn.Parameter(table.weight.new_empty(table.weight.shape[0], first))
+            table.weight = nn.Parameter(table.weight.new_empty(table.num_embeddings, first))
             table.embedding_dim, table._is_hf_initialized = first, False  # so that it gets fresh weights again
         for layer, sizes in zip(model.get_submodule(names["layers"]), description["layers"], strict=True):
             slice_layer(layer, names, sizes, description["size"])

@@ -1,5 +1,6 @@
 """What every family that can be sliced keeps: rotations change nothing, and a result is one model wherever it loads."""
 
+import gc
 import subprocess
 import sys
 
@@ -239,3 +240,27 @@ def test_shares_elsewhere_would_do(sources):
     (covariance,) = here.map("covariance")
     assert covariance.dtype == torch.float64
     assert covariance.device.type == "cpu"
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    """Catches layers, rotations or masks that are kept once they are used: bytes of tensors alive after each layer."""
+
+    def most_bytes(num_layers):
+        shape = shapes_of("llama")[-1].model_copy(update={"num_layers": num_layers, "intermediate_size": 200})
+        source = saved(tmp_path / f"source-{num_layers}", "llama", shape)
+        seen = []
+        before = alive()
+        sliced(source, tmp_path / str(num_layers), on_layer=lambda _: seen.append(alive() - before), **SIZES)
+        assert len(seen) == num_layers
+        return max(seen)
+
+    def alive():
+        gc.collect()
+        found = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and not item.is_meta]
+        return sum(
+            {storage.data_ptr(): storage.nbytes() for storage in map(torch.Tensor.untyped_storage, found)}.values()
+        )
+
+    few, many = most_bytes(3), most_bytes(12)
+    assert few > 0
+    assert many <= few
