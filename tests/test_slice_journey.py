@@ -110,7 +110,8 @@ def test_console_metrics_and_report_tell_it(sliced):
     rows = [json.loads(line) for line in (workspace / "metrics/slicing.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(0 < share <= 1 for row in rows for share in row["kept_variance"].values())
-    assert all(f"layer {number} of 3: kept of the sum of squares after attention " in told for number in (1, 2, 3))
+    assert [row["kept"] for row in rows] == [[24, 24], [24, 24], [24, 32]]
+    assert all(f"layer {number} of 3: kept 24 and " in told for number in (1, 2, 3))
     report = json.loads((workspace / "report/report.json").read_text())
     levels = {fact["key"]: fact["level"] for fact in report["verdict"]["facts"]}
     assert {levels[key] for key in ("rotation", "recovery", "accounting", "replay")} == {"good"}
