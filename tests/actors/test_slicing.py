@@ -1,11 +1,10 @@
 """Slicing over Ray: the same model as in one process, also after a death in the middle."""
 
 import os
-import signal
 
 import pytest
-import ray
 import torch
+from journeys import ray_processes
 from tiny_corpus import write_corpus
 from tiny_models import GROUPED, VOCABULARY, tiny_model
 
@@ -103,10 +102,7 @@ def test_a_worker_that_died_is_replaced(ray_session, material, tmp_path):
     def kill_one(report):
         if report.layer == 0 and not (tmp_path / "killed").exists():
             (tmp_path / "killed").touch()
-            workers = ray.util.state.list_actors(
-                filters=[("class_name", "=", "CalibrationWorker"), ("state", "=", "ALIVE")]
-            )
-            os.kill(workers[0].pid, signal.SIGKILL)
+            ray_processes(os.getpid(), "CalibrationWorker")[0].kill()
 
     layers, losses = run(settings(folder, tmp_path), kill_one)
     assert layers == [0, 1, 2]
