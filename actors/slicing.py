@@ -63,6 +63,7 @@ def slice_on_cluster(settings: SlicingSettings, on_layer: OnLayer, on_loss: Call
 def _slice(
     settings: SlicingSettings, shares: SharesOnCluster, work: Path, keep: Callable[[], None], on_layer: OnLayer
 ) -> SlicingReport:
+    shares.peak_bytes()  # answers once all workers stand: the first layer's seconds are its own
     began_s = time.perf_counter()
 
     def finished(report: LayerReport) -> None:

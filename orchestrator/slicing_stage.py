@@ -41,7 +41,7 @@ def run_slicing(context: Context) -> dict[str, Any]:
         corpus=context.outputs["corpus"]["path"],
     )
     kept = kept_sizes(config, recipe.slicing)
-    report = slice_on_cluster(settings, _shown(context), context.console.note)
+    report = slice_on_cluster(settings, _shown(context, kept), context.console.note)
     proof = {"dense": _dense(context), "rotated": _rotated(context), "sliced": _measured(context, destination)}
     made = read_config(local_directory(destination))
     outputs = {
@@ -74,19 +74,20 @@ def rotation_agreement(proof: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return {"largest_difference": largest, "agreement_tolerance": tolerance, "agrees": largest <= tolerance}
 
 
-def _shown(context: Context) -> Any:
-    """What is written and said after every layer."""
+def _shown(context: Context, kept: list[int]) -> Any:
+    """What is written and said after every layer; `kept` has the size of every signal."""
     log = RunLog(context.workspace.store.uri, "slicing")
 
     def show(report: LayerReport, figures: dict[str, Any]) -> None:
-        number = report.layer + 1
-        row = {"kind": "layer", "step": number, "time": time.time(), "kept_variance": dict(report.kept_variance)}
+        number, each = report.layer + 1, (len(kept) - 1) // report.num_layers
+        sizes, shares = kept[1 + report.layer * each :][:each], dict(report.kept_variance)
+        row = {"kind": "layer", "step": number, "time": time.time(), "kept": sizes, "kept_variance": shares}
         log.push([row | figures])
         log.flush()
-        kept = ", ".join(f"{half} {100 * share:.2f} %" for half, share in report.kept_variance.items())
+        variance = ", ".join(f"{100 * share:.2f} % after {half}" for half, share in shares.items())
         context.console.note(
-            f"layer {number} of {report.num_layers}: "
-            + (f"kept of the sum of squares after {kept}; " if kept else "")
+            f"layer {number} of {report.num_layers}: kept {' and '.join(f'{size:,}' for size in sizes)} dimensions"
+            + (f", of the sum of squares {variance}; " if variance else "; ")
             + f"{format_duration(figures['seconds'])}, at most {format_bytes(figures['worker_peak_bytes'])} in a worker"
         )
 

@@ -53,6 +53,9 @@ COVERED = {
     "--plan": f"{HERE}::test_comparison_is_planned",
     "python pipelines/compare_methods.py pipelines/recipes/comparison-quickstart.yaml --methods learned slicegpt "
     "scratch": f"{HERE}::test_comparison_is_planned",  # run, with other methods, by tests/test_comparison.py
+    "python pipelines/slice_model.py pipelines/recipes/quickstart.yaml --plan": f"{HERE}::test_plan_of_slicing",
+    "python pipelines/slice_model.py pipelines/recipes/quickstart.yaml "
+    "source.train=null source.model=runs/quickstart/source recovery.lora.rank=16": f"{HERE}::test_plan_of_slicing",
     "python benchmarks/NAME.py": "tests/test_benchmarks.py",
     "python benchmarks/study/study.py": "tests/test_study.py::test_the_whole_study_at_its_smallest",
 }
@@ -129,6 +132,30 @@ def test_comparison_is_planned(tmp_path):
     assert some.returncode == 0, some.stderr
     assert re.findall(r"^  (\w+) .*to run$", some.stdout, re.MULTILINE) == ["learned", "slicegpt", "scratch"]
     assert not (tmp_path / "runs").exists(), "--plan starts nothing"
+
+
+def test_plan_of_slicing(tmp_path):
+    """Both commands as they stand; the second on a model such as the quickstart leaves, and planned. What it then does
+    is run by tests/test_slice_journey.py."""
+    from shearing.models.family import llama_config
+    from shearing.models.loading import model_tensors, new_model, write_model_directory
+
+    first, second = sorted(command for command in commands() if command.startswith("python pipelines/slice_model.py"))
+    done = run(first, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "8 of 128 -> 96" in done.stdout
+    train = load_recipe(str(ROOT / "pipelines" / "recipes" / "quickstart.yaml"), []).source.train
+    assert train is not None
+    config = llama_config(train.shape, train.tokenizer.vocab_size, 512)
+    source = tmp_path / "runs" / "quickstart" / "source"
+    source.parent.mkdir(parents=True)
+    write_model_directory(source, config, model_tensors(new_model(config)))
+    tokens = {"content": "<end>", "id": train.tokenizer.vocab_size - 1}
+    (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {}}, "added_tokens": [tokens]}))
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    planned = run(f"{second} --plan", tmp_path)
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    assert "rank 16, alpha 10" in planned.stdout
 
 
 def test_overrides_reach_the_plan(tmp_path):

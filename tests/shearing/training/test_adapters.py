@@ -37,21 +37,28 @@ def trained_tensors(run):
 
 class TestAgainstPlainPeft:
     @pytest.mark.parametrize(
-        ("stage", "targets", "checkpointing"),
-        [(1, ["attention", "mlp"], False), (2, ["mlp"], True), (3, ["attention", "mlp"], True)],
+        ("stage", "targets", "checkpointing", "taught"),
+        [(1, ["attention", "mlp"], False, False), (2, ["mlp"], True, True), (3, ["attention", "mlp"], True, False)],
     )
-    def test_one_rank_with_dropout(self, tiny_run, one_process, stage, targets, checkpointing):
+    def test_one_rank_with_dropout(self, tiny_run, one_process, stage, targets, checkpointing, taught):
         # catches other fresh adapters, scaling or targets, dropout that is off or drawn anew under checkpointing, a
         # base that trains, and a gradient clip or norm over frozen weights
         engine = {"micro_batch_sequences": 8, "activation_checkpointing": checkpointing}
         training = {"steps": 4, "evaluate_every_steps": 100, "gradient_clip": 0.3}
+        teacher = {"weight": 0.5, "temperature": 2.0, "teacher": tiny_run.tied} if taught else None
         phase = adapted(
-            tiny_run, {"targets": targets}, stage=stage, engine=engine, training=training, mixture={"rule": "static"}
+            tiny_run,
+            {"targets": targets},
+            stage=stage,
+            engine=engine,
+            training=training,
+            mixture={"rule": "static"},
+            distillation=teacher,
         )
         run = one_process.run(run_phase, phase)[0]
         history, model, optimizer, _ = plain_run(phase)
         for report, expected in zip(run.of_kind("step"), history, strict=True):
-            keys = ("loss", "gradient_norm")
+            keys = ("loss", "gradient_norm", "divergence") if taught else ("loss", "gradient_norm")
             assert {k: report[k] for k in keys} == pytest.approx({k: expected[k] for k in keys}, abs=1e-5, rel=1e-5)
         plain = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters() if p.requires_grad}
         assert set(trained_tensors(run)) == set(plain)
