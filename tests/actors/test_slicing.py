@@ -36,15 +36,19 @@ def material(tmp_path_factory):
 
 
 def settings(material, folder, workers=2, **slicing):
+    asked = SlicingConfig.model_validate(SLICING | slicing)
     return SlicingSettings(
-        source=str(material / "source"),
         destination=f"{folder}/sliced",
         work=f"{folder}/work",
-        corpus=str(material / "corpus"),
-        proportions=PROPORTIONS,
-        slicing=SLICING | slicing,
-        engine={"workers": workers, "cpus_per_worker": 0.5, "dtype": "float32", "micro_batch_sequences": 2},
-        seed=3,
+        slicing=asked,
+        calibration={
+            "source": str(material / "source"),
+            "corpus": str(material / "corpus"),
+            "proportions": PROPORTIONS,
+            "sequences": asked.calibration.sequences,
+            "engine": {"workers": workers, "cpus_per_worker": 0.5, "dtype": "float32", "micro_batch_sequences": 2},
+            "seed": 3,
+        },
     )
 
 
