@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from orchestrator.console import Console, format_duration
-from orchestrator.methods import METHODS, chosen_methods, method_recipe, on_source
+from orchestrator.methods import METHODS, chosen_methods, compared_parameters, method_recipe, on_source
 from orchestrator.ray_session import CPU_FOR_DATA, RaySession, SurroundingSession
 from orchestrator.recipe import Recipe
 from orchestrator.run import run_recipe, stages_of
@@ -103,7 +103,13 @@ def run_methods(context: Context) -> dict[str, Any]:
             assert found is not None, "a driver that came back without a problem has finished every stage"
             prints[run.name] = found.fingerprints
     folders = {run.name: run.workspace.store.uri for run in runs if run.name not in failed}
-    return {"runs": folders, "failed": failed, "fingerprint": fingerprint(prints)}
+    facts = inspect_source(context.recipe.only("pruning"))
+    return {
+        "runs": folders,
+        "failed": failed,
+        "parameters": compared_parameters(context.recipe, facts.config),
+        "fingerprint": fingerprint(prints),
+    }
 
 
 def methods_are_whole(_context: Context, outputs: dict[str, Any]) -> bool:

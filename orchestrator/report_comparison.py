@@ -40,11 +40,12 @@ def comparison_contents(workspace: Store) -> dict[str, Any]:
         "name": recipe["name"],
         "domains": list(source["losses"]),
         "target": recipe["pruning"]["target"],
+        "parameters": outputs["methods"]["parameters"],
         "source": _figures(source) | {"parameters": source["parameters"]},
         "methods": methods,
         "failed": outputs["methods"]["failed"],
         "protocol": outputs["measures"]["protocol"],
-        "verdict": verdict(measured, [method["name"] for method in methods]),
+        "verdict": verdict(measured, list(outputs["methods"]["runs"]), outputs["methods"]["parameters"]),
     }
 
 
@@ -116,32 +117,39 @@ def _as_json(difference: Difference) -> dict[str, Any]:
     }
 
 
-def verdict(measured: dict[str, Any], names: list[str]) -> str:
-    """Which method is best before and after recovery, by how much, and which ones cannot be told from it."""
-    sentences = [
-        sentence
-        for moment in MOMENTS
-        if (sentence := _best(moment, {n: e for n in names if (e := measured.get(f"{n}/{moment}"))}))
-    ]
+def verdict(measured: dict[str, Any], names: list[str], most: int) -> str:
+    """Which method is best at the size compared, before and after recovery, by how much, and which ones equal it.
+
+    Args:
+        measured: Of every model, by name.
+        names: Of the methods.
+        most: Parameters that are not zero, at most; methods with more are named apart.
+    """
+    sentences = []
+    for moment in MOMENTS:
+        entries = {name: entry for name in names if (entry := measured.get(f"{name}/{moment}"))}
+        small = {name: entry for name, entry in entries.items() if entry["nonzero_parameters"] <= most}
+        large = [f"{_named(name)} {nats(entries[name]['mean_loss'])}" for name in entries if name not in small]
+        if small:
+            sentences.append(_best(f"{moment.capitalize()} recovery, at {whole(most)} parameters or fewer,", small))
+        if large:
+            sentences.append(f"Larger ones {moment} recovery: {', '.join(large)}.")
     return " ".join(sentences)
 
 
-def _best(moment: str, entries: dict[str, Any]) -> str:
-    if not entries:
-        return ""
+def _best(opening: str, entries: dict[str, Any]) -> str:
     best, *others = sorted(entries, key=lambda name: entries[name]["mean_loss"])
-    entry = entries[best]
-    sized = (
-        f"{nats(entry['mean_loss'])} nats a token with {whole(entry['nonzero_parameters'])} parameters that are not 0"
-    )
-    opening = f"{moment.capitalize()} recovery {METHODS[best].title} is best of {len(entries)}: {sized}"
+    first = f"{opening} {_named(best)} is best of {len(entries)}: {nats(entries[best]['mean_loss'])} nats a token"
     if not others:
-        return f"{opening}."
-    apart = {n: paired_difference(entries[n]["sequence_losses"], entry["sequence_losses"]) for n in others}
-    equal = [name for name, difference in apart.items() if difference.is_noise]
+        return f"{first}."
+    apart = {n: paired_difference(entries[n]["sequence_losses"], entries[best]["sequence_losses"]) for n in others}
     second = apart[others[0]]
-    margin = f"{second.nats:.3f} ± {second.standard_error:.3f} below {METHODS[others[0]].title}"
+    margin = f"{second.nats:.3f} ± {second.standard_error:.3f} below {_named(others[0])}"
+    equal = [_named(name) for name, difference in apart.items() if difference.is_noise]
     if not equal:
-        return f"{opening}, {margin}, which is more than noise."
-    listed = ", ".join(METHODS[name].title for name in equal)
-    return f"{opening}, {margin}; within noise of it: {listed}."
+        return f"{first}, {margin}, which is more than noise."
+    return f"{first}, {margin}; within noise of it: {', '.join(equal)}."
+
+
+def _named(name: str) -> str:
+    return METHODS[name].title

@@ -80,7 +80,7 @@ def workspace(tmp_path):
         "decode_tokens": 8, "repeats": 5, "device": "cpu", "threads": 1,
     }  # fmt: skip
     failed = {"cofi": ["its driver died"]}
-    base.write_json("stages/methods.json", {"outputs": {"runs": runs, "failed": failed}})
+    base.write_json("stages/methods.json", {"outputs": {"runs": runs, "failed": failed, "parameters": 1000}})
     base.write_json("stages/measures.json", {"outputs": {"models": models, "protocol": protocol}})
     return base
 
@@ -103,13 +103,14 @@ def test_differences_to_the_source_are_paired(workspace):
 def test_the_sentence_on_top_names_the_best_and_who_cannot_be_told_from_it(workspace):
     """A winner by chance, or the loser: everything else on the page is read after this sentence."""
     said = build_comparison(workspace)["verdict"]
-    before, after = said.split("After recovery ")
-    assert before.startswith("Before recovery SparseGPT 2:4 is best of 3: ")
-    assert "below SliceGPT, which is more than noise." in before
-    assert "with 1,200 parameters that are not 0" in before
-    assert after.startswith("learned shearing is best of 4: ")
-    assert "0.003 ± 0.006 below SliceGPT" in after  # sqrt(0.01^2 / 4 + 0.02^2 / 4 / 2) / 2, by hand
-    assert after.endswith("below SliceGPT; within noise of it: SliceGPT.")
+    before, large, after, larger = re.split(r"(?<=\.) (?=[A-Z])", said.replace("SparseGPT 2:4", "SparseGPT-2:4"))
+    assert before.startswith("Before recovery, at 1,000 parameters or fewer, SliceGPT is best of 2: ")
+    assert before.endswith("below learned shearing, which is more than noise.")
+    assert large == "Larger ones before recovery: SparseGPT-2:4 2.312."  # 1,200 of them: no winner at 1,000
+    assert after.startswith("After recovery, at 1,000 parameters or fewer, learned shearing is best of 3: 2.265 nats")
+    # sqrt(0.01^2 / 4 + 0.02^2 / 2 / 2) / 2 by hand
+    assert after.endswith("0.003 ± 0.006 below SliceGPT; within noise of it: SliceGPT.")
+    assert larger == "Larger ones after recovery: SparseGPT-2:4 2.365."
 
 
 def test_time_and_tokens_are_those_of_each_methods_own_stages(workspace):
