@@ -128,6 +128,10 @@ class LayerwiseModel:
         """A decoder layer without weights, on the meta device."""
         return copy.deepcopy(self._layers[index])
 
+    def linears(self, index: int) -> list[str]:
+        """Names of the linear layers in a decoder layer; nothing is read."""
+        return [name for name, part in self._layers[index].named_modules() if isinstance(part, nn.Linear)]
+
     def tail(self) -> Tail:
         """Final norm and LM head."""
         return Tail(self)

@@ -175,6 +175,7 @@ def write_model_directory(
     *,
     tokenizer_folder: str | Path | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    records: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a Hugging Face directory that stock `AutoModelForCausalLM.from_pretrained` loads; complete or absent.
@@ -185,6 +186,7 @@ def write_model_directory(
         tensors: Weights by their names in memory, written as they come: no more than one shard is held in memory.
         tokenizer_folder: Whose tokenizer files are copied.
         generation_config: Written as generation_config.json; None writes none.
+        records: JSON files that are written too, by name.
         max_shard_bytes: Weights beyond this go to several files with an index.
     """
     folder = Path(folder)
@@ -200,6 +202,8 @@ def write_model_directory(
     for key, (module, name) in MODELING.items():
         if key in config:
             shutil.copyfile(module.__file__, partial / name)
+    for name, record in records.items():
+        write_json(partial / name, record)
     if tokenizer_folder is not None:
         for name in TOKENIZER_FILES:
             if (Path(tokenizer_folder) / name).is_file():
