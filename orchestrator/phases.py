@@ -1,6 +1,5 @@
 """What a recipe means for its phases: settings of training, choosing and export, as plain values for the workers."""
 
-from actors.slicing import SlicingSettings
 from orchestrator.recipe import Recipe
 from shearing.training.choosing import ChoosingConfig
 from shearing.training.config import RecoveryConfig, TrainingConfig
@@ -74,21 +73,6 @@ def choosing_config(recipe: Recipe, *, source: str, destination: str, corpus: st
         dtype=recipe.engine.dtype,
         trust_remote_code=recipe.source.trust_remote_code,
         pruning=recipe.pruning,
-        seed=recipe.seed,
-    )
-
-
-def slicing_settings(recipe: Recipe, *, source: str, destination: str, work: str, corpus: str) -> SlicingSettings:
-    """Slicing a source model; directories and the corpus by path or URI, `work` for what is in progress."""
-    assert recipe.slicing is not None
-    return SlicingSettings(
-        source=source,
-        destination=destination,
-        work=work,
-        corpus=corpus,
-        proportions=proportions(recipe),
-        slicing=recipe.slicing,
-        engine=recipe.engine,
         seed=recipe.seed,
     )
 

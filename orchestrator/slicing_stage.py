@@ -8,10 +8,11 @@ from typing import Any
 
 from actors.held_out_losses import measure_losses
 from actors.run_log import RunLog
-from actors.slicing import slice_on_cluster
+from actors.slicing import SlicingSettings, slice_on_cluster
 from orchestrator.console import format_duration
-from orchestrator.phases import slicing_settings
+from orchestrator.phases import proportions
 from orchestrator.plan_text import format_bytes
+from orchestrator.recipe import Recipe
 from orchestrator.sliced_model import kept_sizes, residual_parameters
 from orchestrator.stage import Context
 from orchestrator.stages import score_protocol, source_model, task_resources
@@ -65,6 +66,21 @@ def run_slicing(context: Context) -> dict[str, Any]:
             f"token; at most {outputs['agreement_tolerance']:g} is rounding. Do not use this model."
         )
     return outputs
+
+
+def slicing_settings(recipe: Recipe, *, source: str, destination: str, work: str, corpus: str) -> SlicingSettings:
+    """Slicing a source model; directories and the corpus by path or URI, `work` for what is in progress."""
+    assert recipe.slicing is not None
+    return SlicingSettings(
+        source=source,
+        destination=destination,
+        work=work,
+        corpus=corpus,
+        proportions=proportions(recipe),
+        slicing=recipe.slicing,
+        engine=recipe.engine,
+        seed=recipe.seed,
+    )
 
 
 def rotation_agreement(proof: Mapping[str, Any], dtype: str) -> dict[str, Any]:
