@@ -1,8 +1,5 @@
 """What a recipe means for its phases: settings of training, choosing and export, as plain values for the workers."""
 
-from actors.calibration import CalibrationSettings
-from actors.slicing import SlicingSettings
-from actors.sparsifying import SparsifyingSettings
 from orchestrator.recipe import Recipe
 from shearing.training.choosing import ChoosingConfig
 from shearing.training.config import RecoveryConfig, TrainingConfig
@@ -77,41 +74,6 @@ def choosing_config(recipe: Recipe, *, source: str, destination: str, corpus: st
         dtype=recipe.engine.dtype,
         trust_remote_code=recipe.source.trust_remote_code,
         pruning=recipe.pruning,
-        seed=recipe.seed,
-    )
-
-
-def slicing_settings(recipe: Recipe, *, source: str, destination: str, work: str, corpus: str) -> SlicingSettings:
-    """Slicing a source model; directories and the corpus by path or URI, `work` for what is in progress."""
-    assert recipe.slicing is not None
-    return SlicingSettings(
-        destination=destination,
-        work=work,
-        slicing=recipe.slicing,
-        calibration=_calibration(recipe, source, corpus, recipe.slicing.calibration.sequences),
-    )
-
-
-def sparsifying_settings(
-    recipe: Recipe, *, source: str, destination: str, work: str, corpus: str
-) -> SparsifyingSettings:
-    """Zeros in a source model; arguments as of `slicing_settings`."""
-    assert recipe.sparsifying is not None
-    return SparsifyingSettings(
-        destination=destination,
-        work=work,
-        sparsifying=recipe.sparsifying,
-        calibration=_calibration(recipe, source, corpus, recipe.sparsifying.calibration.sequences),
-    )
-
-
-def _calibration(recipe: Recipe, source: str, corpus: str, sequences: int) -> CalibrationSettings:
-    return CalibrationSettings(
-        source=source,
-        corpus=corpus,
-        proportions=proportions(recipe),
-        sequences=sequences,
-        engine=recipe.engine,
         seed=recipe.seed,
     )
 

@@ -152,6 +152,8 @@ def _recovery(report: dict[str, Any]) -> list[Fact]:
         why += (
             f"The source stands at {nats(source)}; the rest, {signed_nats(recovered - source)}, is the price of size."
         )
+        if recovered < source:
+            why = f"It came out below the source, which stands at {nats(source)}: {signed_nats(recovered - source)}."
         title = "Continued training healed the model" if healed else "Continued training did not help"
         facts.append(fact("recovery", "good" if healed else "bad", title, value, why))
     if lora := report["settings"]["lora"]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from actors.held_out_losses import measure_losses
 from actors.run_log import RunLog
-from actors.slicing import slice_on_cluster
+from actors.slicing import SlicingSettings, slice_on_cluster
+from orchestrator.calibration_text import calibration_settings
 from orchestrator.console import format_duration
-from orchestrator.phases import slicing_settings
 from orchestrator.plan_text import format_bytes
 from orchestrator.sliced_model import kept_sizes, residual_parameters
 from orchestrator.stage import Context
@@ -33,12 +33,11 @@ def run_slicing(context: Context) -> dict[str, Any]:
     source, destination = source_model(context), store.child("sliced").uri
     assert recipe.slicing is not None
     config = read_config(local_directory(source))
-    settings = slicing_settings(
-        recipe,
-        source=source,
+    settings = SlicingSettings(
         destination=destination,
         work=store.child("slicing").uri,
-        corpus=context.outputs["corpus"]["path"],
+        slicing=recipe.slicing,
+        calibration=calibration_settings(context, recipe.slicing.calibration.sequences),
     )
     kept = kept_sizes(config, recipe.slicing)
     report = slice_on_cluster(settings, _shown(context, kept), context.console.note)

@@ -5,9 +5,9 @@ from typing import Any
 
 from actors.held_out_losses import measure_losses
 from actors.run_log import RunLog
-from actors.sparsifying import sparsify_on_cluster
+from actors.sparsifying import SparsifyingSettings, sparsify_on_cluster
+from orchestrator.calibration_text import calibration_settings
 from orchestrator.console import format_duration
-from orchestrator.phases import sparsifying_settings
 from orchestrator.stage import Context
 from orchestrator.stages import score_protocol, source_model, task_resources
 from shearing.models.directories import local_directory
@@ -22,12 +22,12 @@ def run_sparsifying(context: Context) -> dict[str, Any]:
     """The sparse model as a directory of the source's own shape, and its loss."""
     recipe, store, source = context.recipe, context.workspace.store, source_model(context)
     destination = store.child("sparse").uri
-    settings = sparsifying_settings(
-        recipe,
-        source=source,
+    assert recipe.sparsifying is not None
+    settings = SparsifyingSettings(
         destination=destination,
         work=store.child("sparsifying").uri,
-        corpus=context.outputs["corpus"]["path"],
+        sparsifying=recipe.sparsifying,
+        calibration=calibration_settings(context, recipe.sparsifying.calibration.sequences),
     )
     record = sparsify_on_cluster(settings, _shown(context), context.console.note)
     losses = with_mean(measure_losses(destination, score_protocol(context), **task_resources(context)))

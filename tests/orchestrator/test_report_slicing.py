@@ -130,3 +130,14 @@ def test_a_run_that_has_not_sliced_yet_is_open(workspace):
     assert report["slicing"] is None
     assert facts(report)["rotation"]["level"] == "open"
     assert "slicing" in report["verdict"]["headline"]
+
+
+def test_a_recovery_beyond_the_source_is_said_so(workspace):
+    """Catches "undid 1222 % of what slicing cost" where little was lost and training went on."""
+    store = workspace()
+    scores = store.read_json("stages/scores.json")
+    scores["outputs"]["models"]["recovered"]["mean_loss"] = scores["outputs"]["models"]["source"]["mean_loss"] - 0.1
+    store.write_json("stages/scores.json", scores)
+    why = facts(build_report(store))["recovery"]["why"]
+    assert "undid" not in why
+    assert "below the source" in why
