@@ -13,8 +13,7 @@ from shearing.storage import Store, open_store
 
 PHASES = ("source", "pruning", "recovery", "scratch")
 STAGES = (
-    "corpus", "source", "references", "pruning", "extraction", "slicing", "sparsifying", "recovery", "scratch",
-    "scores", "report",
+    "corpus", "source", "references", "pruning", "extraction", "slicing", "recovery", "scratch", "scores", "report",
 )  # fmt: skip
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy", "safetensors")
 INTERRUPTIONS = ("resumed", "restarted")
