@@ -25,6 +25,11 @@ def compare(command: Command, console: Console, out: TextIO) -> int:
     recipe = comparison_recipe(recipe)
     if problems := comparison_problems(recipe):
         raise UserError(problems)
+    assert recipe.comparison is not None
+    if recipe.comparison.tasks is not None:
+        from shearing.evaluation.harness import check_tasks  # loads the harness, where it is installed
+
+        check_tasks(recipe.comparison.tasks)
     session = comparison_session(recipe, command.verbose, command.dashboard)
     context = run_recipe(recipe, console, session, COMPARISON_STAGES)
     out.write(f"{context.outputs['comparison']['verdict']}\n")

@@ -35,9 +35,11 @@ def _measures(context: Context) -> dict[str, Any]:
     scores = score_models(results, protocol, tuple(results), **resources)
     for name, entry in losses.items():
         entry |= {key: value for key, value in scores["models"].get(name, {}).items() if key not in entry}
-        if comparison.tasks is not None:
+        if tasks := comparison.tasks:
             context.console.note(f"tasks of {name}")
-            entry["tasks"] = score_tasks(models[name], comparison.tasks, protocol, offline=True, **resources)
+            # own task files name local data; those of the harness fetch theirs
+            offline = tasks.files is not None
+            entry["tasks"] = score_tasks(models[name], tasks, protocol, offline=offline, **resources)
     return {"models": losses, "protocol": scores["protocol"]}
 
 

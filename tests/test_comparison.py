@@ -139,3 +139,15 @@ def test_the_pages_commands_and_recipe_are_good(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         assert "nothing is missing" in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_task_that_there_is_not_is_refused_before_anything_starts(tmp_path):
+    """A misspelt task that is found out after every method has been trained."""
+    pytest.importorskip("lm_eval")
+    journey = small_journey(tmp_path / "small")
+    (tmp_path / "tasks").mkdir()
+    wanted = f"comparison.tasks={{names: [no_such_task], files: {tmp_path}/tasks}}"
+    code, _, err = finish(start(journey, wanted), 240)
+    assert code == 2, err
+    assert "no_such_task" in err
+    assert not journey.workspace.exists()
