@@ -1,16 +1,17 @@
-"""The method's claims in miniature: about seventy small trainings on real text, and what came of them.
+"""The method's claims in miniature: about a hundred small trainings on real text, and what came of them.
 
     python benchmarks/study/study.py [--claims scratch mixture ...] [--seeds 3] [--jobs 2] [--folder runs/study]
     python benchmarks/study/study.py --write-up        # tables and figures of what is there, into docs/
 
 Each task is a process of its own with one thread, as many at a time as there are cores (one where there is a GPU); the
-source, which all others wait for, has every core. A finished task is not run again, so a study that was stopped goes on
-where it was; more seeds or claims add to it.
+source, which all others await, has every core. A finished task is never run again, one that was stopped goes on from
+its checkpoint; more seeds or claims add to the study.
 """
 
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -58,11 +59,15 @@ def carry_out(task: Task, overrides: list[str], corpus: str, study: Path, prints
     logging.disable(logging.WARNING)
     torch.set_num_threads(1 if task.models else os.cpu_count() or 1)  # nothing runs beside the source
     folder = study / task.name
+    mark = folder / "fingerprint"
+    if not mark.is_file() or mark.read_text() != prints[task.name]:  # what is there was begun from something else
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        mark.write_text(prints[task.name])
     models = {name: study / name / "model" for name in {"source", *task.models}}
     result = run_task(task, recipe_of(task, overrides), corpus, folder, models)
     result |= {"task": task.name, "fingerprint": prints[task.name]}
     partial = folder / (RESULT + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(result))
     partial.rename(folder / RESULT)
     return result

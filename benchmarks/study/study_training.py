@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,12 +27,16 @@ from shearing.evaluation.throughput import Load, measure_speeds
 from shearing.models.loading import load_model, read_config, write_json
 from shearing.models.parameters import count_parameters
 from shearing.storage import open_store
+from shearing.training.checkpoint import CheckpointReader
 from shearing.training.choosing import choose_and_write
 from shearing.training.engine import prepare_deepspeed
 from shearing.training.export import ExportConfig, export_model
-from shearing.training.loop import summed_losses, training_reports
-from shearing.training.phase import PhaseConfig, PhaseName, Place, build_trainer, save
+from shearing.training.loop import Trainer, summed_losses, training_reports
+from shearing.training.phase import PhaseConfig, PhaseName, Place, build_trainer, restore, save
 from shearing.training.shrinking import extract_model
+
+ROWS = "rows.json"
+"""Of the reports so far, in a checkpoint."""
 
 SCORED_SEQUENCES = 48
 """Of each domain, for the final losses; evaluations on the way are smaller."""
@@ -48,7 +53,8 @@ class LocalMixture:
     def submit(self, step: int, base: MixtureState, sums: LossSums) -> MixtureState:
         """The version after `base`."""
         phase, losses = self.phase, summed_losses(sums, torch.device("cpu"))
-        return next_state(base, losses, phase.references, phase.mixture, phase.proportions, step=step)
+        references = phase.references or dict.fromkeys(phase.proportions, 0.0)  # a source model has none yet
+        return next_state(base, losses, references, phase.mixture, phase.proportions, step=step)
 
 
 @contextlib.contextmanager
@@ -143,16 +149,34 @@ def _phase(recipe: Recipe, name: PhaseName, model: Path, corpus: str, models: di
 
 
 def _train(phase: PhaseConfig, checkpoint: Path) -> Rows:
-    """The phase from its first step to its last; what its reports said, without what no figure needs."""
+    """The phase to its last step, from its checkpoint if there is one; what its reports said that figures need."""
     kept = ("kind", "step", "loss", "losses", "proportions", "seconds", "step_s")
-    store = open_store(phase.corpus)
+    store, rows = open_store(phase.corpus), []
     orders = make_orders(load_manifest(store), phase.split, list(phase.proportions), phase.seed)
     with single_process() as device:
         trainer = build_trainer(phase, Place(0, 1, device), ParquetSource(store, orders), LocalMixture(phase))
-        rows = [{key: row[key] for key in kept if key in row} for row in training_reports(trainer)]
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        save(trainer, checkpoint)
+        if checkpoint.is_dir():
+            restore(trainer, CheckpointReader(open_store(str(checkpoint))))
+            rows = json.loads((checkpoint / ROWS).read_text())
+        for report in training_reports(trainer):
+            rows.append({key: report[key] for key in kept if key in report})
+            if phase.name == "source" and report["kind"] == "evaluation":
+                mean_loss = sum(report["losses"].values()) / len(report["losses"])
+                print(f"source: step {report['step']:,} of {phase.training.steps:,}, {mean_loss:.4f}", flush=True)
+            if trainer.settled(report) and trainer.checkpoint_due():
+                _keep(trainer, rows, checkpoint)
     return rows
+
+
+def _keep(trainer: Trainer, rows: Rows, checkpoint: Path) -> None:
+    """Replace the checkpoint, whole or not at all."""
+    partial = checkpoint.with_name("checkpoint.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save(trainer, partial)
+    (partial / ROWS).write_text(json.dumps(rows))
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    partial.rename(checkpoint)
 
 
 def _export(recipe: Recipe, folder: Path, source: Path, corpus: str) -> ExportConfig:
