@@ -5,6 +5,7 @@ last checkpoint; a driver that dies goes on the same way when it is started agai
 """
 
 import contextlib
+import hashlib
 import secrets
 import tempfile
 import threading
@@ -81,17 +82,19 @@ def _phase_actors(phase: PhaseConfig, workspace: Store) -> Iterator[dict[str, An
             ending.callback(ray.kill, actor)
             return actor
 
-        log = kept(_actor(RunLog, f"run-log-{phase.name}").remote(workspace.uri, phase.name))
+        # Named after their run too: another run of the same cluster may be in a phase of the same name.
+        run = hashlib.sha256(workspace.uri.encode()).hexdigest()[:12]
+        log = kept(_actor(RunLog, f"run-log-{phase.name}-{run}").remote(workspace.uri, phase.name))
         weights = kept(
             start_domain_weights(
-                f"domain-weights-{phase.name}",
+                f"domain-weights-{phase.name}-{run}",
                 workspace.child(f"mixture/{phase.name}").uri,
                 phase.mixture,
                 phase.proportions,
                 phase.references or dict.fromkeys(phase.proportions, 0.0),  # a source model has none yet
             )
         )
-        feeder = kept(start_feeder(_feed_plan(phase), f"sequence-feeder-{phase.name}"))
+        feeder = kept(start_feeder(_feed_plan(phase), f"sequence-feeder-{phase.name}-{run}"))
         yield {"log": log, "weights": weights, "feeder": feeder}
 
 

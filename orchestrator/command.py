@@ -1,5 +1,6 @@
 """The main job as a command: recipe in, exit status out, nothing but plain words for what the user can mend."""
 
+import argparse
 import contextlib
 import os
 import shlex
@@ -8,8 +9,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
@@ -18,13 +20,16 @@ from orchestrator.plan import plan
 from orchestrator.plan_text import render_plan
 from orchestrator.preflight import preflight
 from orchestrator.ray_session import RaySession
-from orchestrator.recipe import Recipe
+from orchestrator.recipe import MethodSection, Recipe
 from orchestrator.recipe_loading import load_recipe
 from orchestrator.run import run_recipe
 from orchestrator.stage import Context
+from orchestrator.stages import smaller_folder
 from shearing.errors import UserError
 
 DONE, FAILED, TO_MEND = 0, 1, 2
+# Sections that a recipe cannot do without, by the method that a command runs.
+NEEDED: dict[MethodSection, tuple[str, ...]] = {"pruning": ("pruning", "recovery"), "slicing": ()}
 
 
 class StoppedError(KeyboardInterrupt):
@@ -44,14 +49,38 @@ class Command:
     plan: bool = False
     verbose: bool = False
     dashboard: bool = False
+    method: MethodSection = "pruning"
 
 
-def run_command(command: Command, out: TextIO, err: TextIO) -> int:
-    """Do what was asked. Status: 0 done, 2 what the user can mend, 1 other failures, 128 + signal if stopped."""
+def parse(arguments: list[str], method: MethodSection, description: str, default: Path) -> Command:
+    """What a command line asks for: a recipe (or the default one), overrides, and how much to show."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe (default: the quickstart), then overrides"
+    )
+    parser.add_argument("--plan", action="store_true", help="show what would run and what is missing; start nothing")
+    parser.add_argument("--verbose", action="store_true", help="let Ray's and DeepSpeed's own output through")
+    parser.add_argument("--dashboard", action="store_true", help="serve Ray's dashboard where Ray is embedded")
+    found = parser.parse_intermixed_args(arguments)
+    recipes = [word for word in found.words if "=" not in word]
+    if len(recipes) > 1:
+        parser.error(f"one recipe at a time; given: {', '.join(recipes)}. Overrides are written key=value.")
+    overrides = [word for word in found.words if "=" in word]
+    recipe = recipes[0] if recipes else str(default)
+    return Command(recipe, overrides, found.plan, found.verbose, found.dashboard, method)
+
+
+Job = Callable[[Command, Console, TextIO], int]
+
+
+def run_command(command: Command, out: TextIO, err: TextIO, job: Job | None = None) -> int:
+    """Do what was asked: one run of the recipe, or another `job`.
+
+    Status: 0 done, 2 what the user can mend, 1 other failures, 128 + signal if stopped."""
     console = Console(err, command.verbose)
     try:
         with _stop_on_signals():
-            return _run(command, console, out)
+            return (job or _run)(command, console, out)
     except UserError as error:
         _list_problems(error.problems, console)
         return TO_MEND
@@ -72,7 +101,7 @@ def run_command(command: Command, out: TextIO, err: TextIO) -> int:
 
 def _run(command: Command, console: Console, out: TextIO) -> int:
     started = time.monotonic()
-    recipe = load_recipe(command.recipe, command.overrides, needs=("pruning", "recovery"))
+    recipe = load_recipe(command.recipe, command.overrides, needs=NEEDED[command.method]).only(command.method)
     if command.plan:
         found = plan(recipe)
         out.write(render_plan(found))
@@ -90,7 +119,8 @@ def _say_where(recipe: Recipe, context: Context, seconds: float, out: TextIO) ->
     store = context.workspace.store
     out.write(f"{recipe.name}: done in {format_duration(seconds)}\n")
     out.write(f"  report  {store.child('report').uri}/index.html\n")
-    out.write(f"  model   {store.child('model').uri}\n")
+    result = "model" if recipe.recovery is not None else smaller_folder(recipe)
+    out.write(f"  model   {store.child(result).uri}\n")
 
 
 def _list_problems(problems: list[str], console: Console) -> None:

@@ -32,10 +32,11 @@ class WorkerMemory:
 
 
 FORMULAS = """\
-N parameters, W workers, b bytes of the dtype, B x T tokens of a micro-batch, G gates
+N parameters, M of them trained (all, or adapters), W workers, b bytes of the dtype, B x T tokens of a micro-batch,
+G gates
 weights      b N                (ZeRO 3: / W)
-gradients    b N                (ZeRO 2 and 3: / W)
-optimizer    12 N / W           float32 copy and two Adam moments
+gradients    b M                (ZeRO 2 and 3: / W)
+optimizer    12 M / W           float32 copy and two Adam moments
 gates        20 G
 activations  b B T L (8 D + 2 (H + 2K) P + 4 F); with activation checkpointing b B T (L D + one layer's);
              and B T V (b + 8) for the logits, their float32 copy and its gradient
@@ -49,10 +50,11 @@ def worker_memory(
     engine: EngineConfig,
     *,
     sequence_tokens: int,
+    adapters: int = 0,
     gates: int = 0,
     teacher_parameters: int = 0,
 ) -> WorkerMemory:
-    """Bytes on each worker while a model of `parameters` is trained by the formulas in FORMULAS."""
+    """Bytes on each worker while a model of `parameters`, or `adapters` beside them, is trained: see FORMULAS."""
     size, workers = DTYPE_BYTES[engine.dtype], engine.workers
     tokens = engine.micro_batch_sequences * sequence_tokens
     attention = 2 * (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_size
@@ -60,10 +62,11 @@ def worker_memory(
     layers = shape.num_layers * a_layer
     if engine.activation_checkpointing:
         layers = shape.num_layers * size * tokens * shape.hidden_size + a_layer
+    trained = adapters or parameters
     return WorkerMemory(
-        weights=size * parameters / (workers if engine.zero_stage == 3 else 1),
-        gradients=size * parameters / (workers if engine.zero_stage >= 2 else 1),
-        optimizer=12 * parameters / workers,
+        weights=size * (parameters + adapters) / (workers if engine.zero_stage == 3 else 1),
+        gradients=size * trained / (workers if engine.zero_stage >= 2 else 1),
+        optimizer=12 * trained / workers,
         gates=BYTES_A_GATE * gates,
         activations=layers + tokens * vocabulary * (size + 8),
         teacher=size * (teacher_parameters + 2 * tokens * vocabulary) if teacher_parameters else 0.0,
@@ -75,6 +78,6 @@ def gate_count(groups: Iterable[GroupSpec]) -> int:
     return sum(group.size * (group.rows or 1) for group in groups)
 
 
-def checkpoint_bytes(parameters: int, gates: int = 0) -> int:
-    """Bytes of one training checkpoint on disk."""
-    return CHECKPOINT_BYTES_A_PARAMETER * (parameters + gates)
+def checkpoint_bytes(trained: int, gates: int = 0) -> int:
+    """Bytes of one training checkpoint on disk, which holds the parameters that are trained."""
+    return CHECKPOINT_BYTES_A_PARAMETER * (trained + gates)

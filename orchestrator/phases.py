@@ -40,6 +40,8 @@ def phase_config(
         watchdog=recipe.watchdog,
         seed=recipe.seed,
         distillation=distillation,
+        keep_zeros=name == "recovery" and recipe.sparsifying is not None,
+        lora=recipe.recovery.lora if recipe.recovery is not None and name == "recovery" else None,
     )
 
 
@@ -52,9 +54,12 @@ def training_config(recipe: Recipe, name: PhaseName) -> TrainingConfig:
         assert recipe.pruning is not None
         return recipe.pruning
     assert recipe.recovery is not None
+    rate = recipe.recovery.learning_rate
     if name == "scratch" and recipe.scratch is not None and recipe.scratch.learning_rate is not None:
-        return recipe.recovery.model_copy(update={"learning_rate": recipe.scratch.learning_rate})
-    return recipe.recovery
+        rate = recipe.scratch.learning_rate
+    if name == "recovery" and recipe.recovery.lora is not None:
+        rate = recipe.recovery.lora.learning_rate
+    return recipe.recovery.model_copy(update={"learning_rate": rate})
 
 
 def choosing_config(recipe: Recipe, *, source: str, destination: str, corpus: str) -> ChoosingConfig:

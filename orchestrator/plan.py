@@ -3,19 +3,26 @@
 Loads neither torch nor Ray.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from orchestrator.data_forecast import DomainUse, Supply, data_use, find_text, phases_of
 from orchestrator.memory_forecast import DTYPE_BYTES, WorkerMemory, checkpoint_bytes, gate_count, worker_memory
 from orchestrator.preflight import preflight, supply_of
 from orchestrator.recipe import Recipe
 from orchestrator.run import stages_of
-from orchestrator.settings_in_words import distillation_in_words, mixture_in_words
+from orchestrator.settings_in_words import (
+    distillation_in_words,
+    lora_in_words,
+    mixture_in_words,
+    source_in_words,
+)
+from orchestrator.sliced_model import kept_in_words, kept_sizes, residual_parameters, slicing_in_words
 from orchestrator.source_model import SourceFacts, inspect_source
 from orchestrator.teacher_model import teacher_parameters
 from orchestrator.workspace import Mark, Workspace, open_workspace, workspace_uri
-from shearing.models.family import vocabulary_of
-from shearing.models.parameters import count_parameters, prunable_parameters
+from shearing.models.family import shape_of, vocabulary_of
+from shearing.models.parameters import adapter_sizes, count_parameters, prunable_parameters
 from shearing.models.shape import Shape
 from shearing.pruning.target import GroupSpec, pruning_groups
 from shearing.training.config import EngineConfig
@@ -38,6 +45,7 @@ class ModelPlan:
     shape: Shape
     parameters: int
     prunable_parameters: int
+    residual_parameters: int
     directory_bytes: int
 
 
@@ -62,8 +70,10 @@ class Plan:
     name: str
     workspace: str
     engine: EngineConfig
+    source: str
     mixture: str
     distillation: str
+    lora: str
     method: str
     stages: list[StagePlan]
     models: list[ModelPlan]
@@ -89,8 +99,10 @@ def plan(recipe: Recipe) -> Plan:
         name=recipe.name,
         workspace=workspace_uri(recipe),
         engine=recipe.engine,
+        source=source_in_words(recipe.source),
         mixture=mixture_in_words(recipe.mixture),
         distillation=distillation_in_words(recipe.recovery.distillation if recipe.recovery else None),
+        lora=lora_in_words(recipe.recovery.lora if recipe.recovery else None),
         method=_method(recipe),
         stages=[StagePlan(stage.name, stage.title, _state(marks.get(stage.name))) for stage in stages_of(recipe)],
         models=_models(recipe, facts),
@@ -103,11 +115,13 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def _method(recipe: Recipe) -> str:
-    """How units are chosen, in words."""
+    """How the model becomes smaller, in words."""
+    if recipe.slicing is not None:
+        return slicing_in_words(recipe.slicing)
     assert recipe.pruning is not None
     pruning, sequences = recipe.pruning, recipe.pruning.calibration.sequences
     tolerance, text = pruning.gates.tolerance, f"{sequences:,} sequences of calibration text"
-    held = "every group and layer" if pruning.target.sparsity is None else "all of them together"
+    held = "every group and layer" if not pruning.target.is_overall else "all of them together"
     words = {
         "learned": f"gates, learned in training; {held} to within {tolerance:g} of the target sparsity",
         "magnitude": "the largest weights",
@@ -128,23 +142,31 @@ def _state(mark: Mark | None) -> str:
 def _models(recipe: Recipe, facts: SourceFacts) -> list[ModelPlan]:
     if facts.shape is None or facts.config is None:
         return []
-    size = DTYPE_BYTES[recipe.engine.dtype]
-    named = [("source", facts.shape)]
-    if facts.target is not None and recipe.pruning is not None and recipe.pruning.target.sparsity is None:
-        named.append(("target", facts.target))
-    return [
-        ModelPlan(
-            name,
-            shape,
-            count_parameters(facts.config, shape),
-            prunable_parameters(facts.config, shape),
-            size * count_parameters(facts.config, shape),
-        )
-        for name, shape in named
-    ]
+    models = [_model("source", facts.config, facts.shape, recipe)]
+    if facts.target is not None and recipe.pruning is not None and not recipe.pruning.target.is_overall:
+        models.append(_model("target", facts.config, facts.target, recipe))
+    if facts.sliced is not None and recipe.slicing is not None:
+        kept = max(kept_sizes(facts.config, recipe.slicing)[:-1])
+        shown = facts.shape.model_copy(update={"hidden_size": kept})
+        models.append(replace(_model("sliced", facts.sliced, None, recipe), shape=shown))
+    return models
+
+
+def _model(name: str, config: dict[str, Any], shape: Shape | None, recipe: Recipe) -> ModelPlan:
+    parameters = count_parameters(config, shape)
+    return ModelPlan(
+        name=name,
+        shape=shape or shape_of(config),
+        parameters=parameters,
+        prunable_parameters=prunable_parameters(config, shape),
+        residual_parameters=residual_parameters(config),
+        directory_bytes=DTYPE_BYTES[recipe.engine.dtype] * parameters,
+    )
 
 
 def _gates(recipe: Recipe, facts: SourceFacts) -> dict[str, str]:
+    if recipe.slicing is not None and facts.sliced is not None and facts.config is not None:
+        return {"signals": kept_in_words(facts.config, recipe.slicing)}
     if facts.shape is None or facts.target is None or recipe.pruning is None:
         return {}
     lines = {}
@@ -152,7 +174,10 @@ def _gates(recipe: Recipe, facts: SourceFacts) -> dict[str, str]:
         where = f" in each of {spec.rows} layers" if spec.rows else ""
         goal = "" if spec.target is None else f" -> {spec.target:,}{where} (sparsity {spec.target_sparsity:.4f})"
         lines[name] = f"{spec.size:,}{goal or where}{_forced(spec)}"
-    sparsity = recipe.pruning.target.sparsity
+    sparsity, most = recipe.pruning.target.sparsity, recipe.pruning.target.parameters
+    if most is not None and facts.config is not None:
+        whole = count_parameters(facts.config)
+        lines["all together"] = f"{whole:,} -> at most {most:,} parameters, embeddings included; uneven layers"
     if sparsity is not None and facts.config is not None:
         whole = prunable_parameters(facts.config)
         left = f"{whole:,} -> at most {int(whole * (1 - sparsity)):,} prunable parameters (sparsity {sparsity:.4f})"
@@ -165,26 +190,36 @@ def _forced(spec: GroupSpec) -> str:
     return "".join(f"; {words}: {', '.join(map(str, units))}" for words, units in parts if units)
 
 
+def adapter_parameters(recipe: Recipe, config: dict[str, Any], shape: Shape | None) -> int:
+    """Parameters of the adapters that recovery trains in the smaller model; 0 where it trains every weight."""
+    lora = recipe.recovery.lora if recipe.recovery is not None else None
+    return 0 if lora is None else sum(lora.rank * sum(size) for size in adapter_sizes(config, lora.targets, shape))
+
+
 def _phases(recipe: Recipe, facts: SourceFacts) -> list[PhasePlan]:
     plans = []
     engine, sequence_tokens = recipe.engine, recipe.corpus.sequence_tokens
     for phase in phases_of(recipe):
-        shape = facts.shape if phase.name in ("source", "pruning") else facts.target
+        whole = (facts.config, facts.shape) if facts.config is not None and facts.shape is not None else None
+        trained = whole if phase.name in ("source", "pruning") else facts.result
         memory, checkpoint = None, None
-        if shape is not None and facts.shape is not None and facts.config is not None:
-            parameters = count_parameters(facts.config, shape)
+        if trained is not None and facts.shape is not None and facts.config is not None:
+            config, shape = trained
+            parameters = count_parameters(config, shape)
             masked = recipe.pruning if phase.name == "pruning" and facts.target is not None else None
             gates = gate_count(pruning_groups(facts.shape, masked).values()) if masked is not None else 0
+            adapters = adapter_parameters(recipe, config, shape) if phase.name == "recovery" else 0
             memory = worker_memory(
                 parameters,
-                shape,
-                vocabulary_of(facts.config),
+                shape or facts.shape,
+                vocabulary_of(config),
                 engine,
                 sequence_tokens=sequence_tokens,
+                adapters=adapters,
                 gates=gates,
                 teacher_parameters=teacher_parameters(recipe, facts) if phase.name == "recovery" else 0,
             )
-            checkpoint = checkpoint_bytes(parameters, gates)
+            checkpoint = checkpoint_bytes(adapters or parameters, gates)
         training = phase.training
         sequences = training.global_batch_tokens // sequence_tokens
         plans.append(

@@ -33,8 +33,10 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield from _model_lines(plan)
     yield from _phase_lines(plan)
+    yield f"source        {plan.source}"
     yield f"mixture       {plan.mixture}"
     yield f"distillation  {plan.distillation}"
+    yield f"LoRA          {plan.lora}"
     yield ""
     yield from _data_lines(plan)
     if plan.problems:
@@ -53,6 +55,8 @@ def _model_lines(plan: Plan) -> Iterator[str]:
         yield f"  {name:<20}" + "".join(f"{getattr(model.shape, name):>16,}" for model in plan.models)
     yield "  parameters          " + "".join(f"{model.parameters:>16,}" for model in plan.models)
     yield "  prunable            " + "".join(f"{model.prunable_parameters:>16,}" for model in plan.models)
+    if any(model.residual_parameters for model in plan.models):
+        yield "  residual matrices   " + "".join(f"{model.residual_parameters:>16,}" for model in plan.models)
     yield "  directory on disk   " + "".join(f"{format_bytes(model.directory_bytes):>16}" for model in plan.models)
     yield ""
     if plan.gates:

@@ -18,6 +18,7 @@ from orchestrator.workspace import Workspace, workspace_uri
 from shearing.data.references import load_references
 from shearing.data.rule_by_path import rule_problem
 from shearing.errors import UserError
+from shearing.models.parameters import adapter_sizes
 from shearing.pruning.config import PruningConfig
 from shearing.storage import open_store
 
@@ -32,6 +33,7 @@ def preflight(recipe: Recipe) -> list[str]:
     facts = inspect_source(recipe)
     problems += facts.problems
     problems += teacher_problems(recipe, facts)
+    problems += _lora_problems(recipe, facts)
     problems += _schedule_problems(recipe)
     problems += _reference_problems(recipe, facts)
     problems += _mixture_problems(recipe)
@@ -66,6 +68,26 @@ def _proportion_problems(recipe: Recipe) -> list[str]:
             "has to be below 1. Set corpus.split.prune lower."
         )
     return problems
+
+
+def _lora_problems(recipe: Recipe, facts: SourceFacts) -> list[str]:
+    lora = recipe.recovery.lora if recipe.recovery is not None else None
+    if lora is not None and recipe.sparsifying is not None:
+        return [
+            "recovery.lora is given, and sparsifying too: adapters that are added to weights fill their zeros. Set "
+            "recovery.lora=null; recovery then trains every weight that is not 0."
+        ]
+    if lora is None or facts.result is None:
+        return []
+    config, shape = facts.result
+    narrowest = min(min(size) for size in adapter_sizes(config, lora.targets, shape))
+    if lora.rank <= narrowest:
+        return []
+    return [
+        f"recovery.lora.rank = {lora.rank}, but the narrowest linear of {' and '.join(lora.targets)} in the model that "
+        f"is recovered has {narrowest} rows or columns, so no change of it has a higher rank; allowed: 1 to "
+        f"{narrowest}. Set recovery.lora.rank={narrowest} or lower, or recovery.lora=null to train every weight."
+    ]
 
 
 def _schedule_problems(recipe: Recipe) -> list[str]:
@@ -138,7 +160,7 @@ def _listed(values: list[int]) -> str:
 def _reference_problems(recipe: Recipe, facts: SourceFacts) -> list[str]:
     if recipe.references.kind == "source":
         return []
-    known = facts.config is not None and facts.target is not None
+    known = facts.result is not None and facts.config is not None
     parameters = result_parameters(recipe, facts.config) if known and facts.config else 10**9
     try:
         load_references(recipe.references, recipe.corpus.domains, parameters)
@@ -210,15 +232,25 @@ def _supply_problems(recipe: Recipe, supply: Supply) -> list[str]:
         for name, splits in supply.sequences.items()
         if splits.get("eval", 0.0) * margin < 1
     ]
-    if recipe.pruning is not None and recipe.pruning.method in ("activation", "block_influence"):
+    if reader := _calibrated(recipe):
         problems += [
             f"domain {name} has {_count(splits.get('prune', 0.0))} sequences in its prune split ({label}), where "
-            f"pruning.method = {recipe.pruning.method} takes its calibration text from; at least one is needed. Give "
+            f"{reader} takes its calibration text from; at least one is needed. Give "
             "it more text, set corpus.split.prune higher, or corpus.sequence_tokens lower."
             for name, splits in supply.sequences.items()
             if splits.get("prune", 0.0) * margin < 1
         ]
     return problems + _exhausted(recipe, data_use(recipe, supply), margin, label)
+
+
+def _calibrated(recipe: Recipe) -> str | None:
+    """What in a recipe reads calibration text, if anything does."""
+    if recipe.slicing is not None:
+        return "slicing"
+    if recipe.sparsifying is not None and recipe.sparsifying.method == "sparsegpt":
+        return "sparsifying.method = sparsegpt"
+    method = recipe.pruning.method if recipe.pruning is not None else None
+    return f"pruning.method = {method}" if method in ("activation", "block_influence") else None
 
 
 def _exhausted(recipe: Recipe, uses: Iterable[DomainUse], margin: float, label: str) -> list[str]:

@@ -85,13 +85,13 @@ def cluster_problems(recipe: Recipe, resources: dict[str, float], autoscaling: b
     return ClusterFindings([], found) if autoscaling else ClusterFindings(found, [])
 
 
-def logical_cpus(recipe: Recipe) -> int:
+def logical_cpus(recipe: Recipe, runs_at_once: int = 1) -> int:
     """CPUs that an embedded Ray declares: enough for the workers, the actors and reading, whatever the machine has.
 
     They are for scheduling alone. With fewer, workers hold every CPU and the read tasks they wait for never start.
     """
     wanted = recipe.engine.workers * recipe.engine.cpus_per_worker + CPU_FOR_ACTORS + CPU_FOR_DATA
-    return max(os.cpu_count() or 1, math.ceil(wanted))
+    return max(os.cpu_count() or 1, math.ceil(runs_at_once * wanted))
 
 
 class RaySession:
@@ -101,9 +101,11 @@ class RaySession:
         recipe: What the cluster has to hold.
         verbose: Let Ray's and the workers' own output through.
         dashboard: Serve Ray's dashboard where Ray is embedded (a cluster has its own).
+        runs_at_once: Runs of such a recipe that go on beside each other, for which an embedded Ray declares CPUs.
     """
 
-    def __init__(self, recipe: Recipe, verbose: bool = False, dashboard: bool = False) -> None:
+    def __init__(self, recipe: Recipe, verbose: bool = False, dashboard: bool = False, runs_at_once: int = 1) -> None:
+        self.logical_cpus = logical_cpus(recipe, runs_at_once)
         self.recipe, self.verbose, self.dashboard = recipe, verbose, dashboard
         self.is_embedded = os.environ.get(ADDRESS_VARIABLE, "local") in ("", "local")
         self._started = False
@@ -149,8 +151,8 @@ class RaySession:
         if self.is_embedded:
             # "local" and nothing else: a file left by another cluster on this machine must not be followed.
             console.detail("starting Ray in this process")
-            os.environ.setdefault(STARTUP_VARIABLE, str(logical_cpus(self.recipe)))
-            options |= {"address": "local", "num_cpus": logical_cpus(self.recipe), "include_dashboard": self.dashboard}
+            os.environ.setdefault(STARTUP_VARIABLE, str(self.logical_cpus))
+            options |= {"address": "local", "num_cpus": self.logical_cpus, "include_dashboard": self.dashboard}
             context = ray.init(**options)
             if self.dashboard and context.dashboard_url:
                 console.note(f"Ray's dashboard: http://{context.dashboard_url}")
@@ -172,6 +174,15 @@ class RaySession:
             console.warn(warning)
         if findings.problems:
             raise UserError(findings.problems)
+
+
+class SurroundingSession(RaySession):
+    """Ray as it runs around a task that drives a run of its own: neither started nor ended here."""
+
+    def start(self, console: Console) -> None:
+        """Quiet Ray Data in this process too."""
+        console.detail("in a task of the cluster")
+        _quiet_data(self.verbose)
 
 
 def _check_address(address: str) -> None:

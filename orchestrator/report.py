@@ -5,6 +5,7 @@ from typing import Any
 from orchestrator.report_contents import contents
 from orchestrator.report_page import page
 from orchestrator.report_reading import read_run, without_nan
+from orchestrator.report_slicing import is_sliced, slicing_tables
 from orchestrator.report_text import markdown
 from orchestrator.report_verdict import verdict
 from shearing.storage import Store
@@ -19,7 +20,8 @@ def build_report(workspace: Store) -> dict[str, Any]:
     report = without_nan(contents(run))
     report["recipe_text"] = run.recipe_text
     report["verdict"] = without_nan(verdict(report))
+    tables = slicing_tables(report) if is_sliced(run.recipe) else None
     workspace.write_json("report/report.json", report)
-    workspace.write_bytes("report/report.md", markdown(report).encode())
+    workspace.write_bytes("report/report.md", markdown(report, tables).encode())
     workspace.write_bytes("report/index.html", page(report).encode())
     return report

@@ -212,7 +212,7 @@ def comparison_chart(key: str, curves: dict[str, tuple[list[Any], list[Any]]], s
         axes.set_ylim(low, high)
         axes.yaxis.set_major_locator(MaxNLocator(6))
         for (name, _, colour), y in zip(ends, spread([y for _, y, _ in ends], 0.07 * (high - low)), strict=True):
-            _label(axes, y, name, colour)
+            axis_label(axes, y, name, colour)
         axes.set_ylabel("nats a token")
 
     return middle_chart(key, draw, "Mean held-out loss over training tokens")
@@ -231,10 +231,11 @@ def _frame(curves: list[list[float]], source_loss: float | None) -> tuple[float,
 def _end_labels(axes: Axes, ends: list[tuple[str, float]], domains: list[str]) -> None:
     gap = 0.065 * axes.get_ylim()[1]
     for (domain, _), y in zip(ends, spread([y for _, y in ends], gap, floor=gap / 2), strict=True):
-        _label(axes, y, domain, colour_of(domains.index(domain)))
+        axis_label(axes, y, domain, colour_of(domains.index(domain)))
 
 
-def _label(axes: Axes, y: float, text: str, colour: str) -> None:
+def axis_label(axes: Axes, y: float, text: str, colour: str) -> None:
+    """Name what ends at a height, at the right of the axes."""
     place = axes.get_yaxis_transform()
     axes.text(1.012, y, text, color=colour, transform=place, va="center", fontsize=9)
 

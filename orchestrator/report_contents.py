@@ -6,6 +6,7 @@ from typing import Any
 
 from orchestrator.report_mixture import evaluation_cost, replays, settings
 from orchestrator.report_reading import INTERRUPTIONS, STAGES, PhaseRecord, RunRecord
+from orchestrator.report_slicing import is_sliced, sliced_shapes, slicing
 
 MOST_POINTS = 4000  # of a series; longer ones are thinned evenly, ends kept
 MOST_LAYER_POINTS = 120  # of a series with a number a layer
@@ -19,10 +20,11 @@ def contents(run: RunRecord) -> dict[str, Any]:
         "name": str(run.recipe.get("name", "unnamed run")),
         "domains": run.domains,
         "prior": {d: (run.recipe["corpus"]["domains"][d] or {}).get("proportion") for d in _recipe_domains(run)},
-        "stages": [_stage(run, name) for name in STAGES if name != "report"],
+        "stages": [_stage(run, name) for name in STAGES if name not in _other_methods(run)],
         "shapes": _shapes(run, extraction),
         "references": run.outputs("references") or None,
         "extraction": extraction or None,
+        "slicing": slicing(run),
         "phases": {phase: _phase(run, phase, record) for phase, record in run.phases.items()},
         "mixture": run.mixture,
         "settings": settings(run),
@@ -32,6 +34,11 @@ def contents(run: RunRecord) -> dict[str, Any]:
         "versions": run.versions,
         "provenance": _provenance(run),
     }
+
+
+def _other_methods(run: RunRecord) -> set[str]:
+    """Stages that no run of this one's method has, and the report itself."""
+    return {"report", *(("pruning", "extraction", "scratch") if is_sliced(run.recipe) else ("slicing",))}
 
 
 def _recipe_domains(run: RunRecord) -> list[str]:
@@ -50,6 +57,8 @@ def _shapes(run: RunRecord, extraction: dict[str, Any]) -> dict[str, Any] | None
     if extraction:
         parameters = extraction.get("parameters", {})
         return {"source": extraction["source_shape"], "target": extraction["target_shape"], "parameters": parameters}
+    if sliced := run.outputs("slicing"):
+        return sliced_shapes(sliced)
     source = ((run.recipe.get("source") or {}).get("train") or {}).get("shape")
     asked = (run.recipe.get("pruning") or {}).get("target")
     if source and asked:

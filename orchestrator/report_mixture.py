@@ -1,25 +1,26 @@
-"""What a report says of the mixture and of a teacher: in words, what measuring cost, and whether decisions replay."""
+"""What a report says of the mixture, a teacher and adapters: in words, at what cost, and whether decisions replay."""
 
 from typing import Any
 
 from pydantic import ValidationError
 
 from orchestrator.report_reading import PhaseRecord, RunRecord
-from orchestrator.settings_in_words import distillation_in_words, mixture_in_words
+from orchestrator.settings_in_words import distillation_in_words, lora_in_words, mixture_in_words
 from shearing.data.config import MixtureConfig
 from shearing.data.mixture import MixtureState, replay
 from shearing.errors import UserError
-from shearing.training.config import DistillationConfig
+from shearing.training.config import DistillationConfig, LoraConfig
 
 
 def settings(run: RunRecord) -> dict[str, str]:
-    """The recipe's mixture, the loss that moved it, and its teacher, in words; empty where it does not say."""
-    config = _mixture_of(run)
-    taught = (run.recipe.get("recovery") or {}).get("distillation")
+    """The recipe's mixture, the loss that moved it, its teacher and adapters, in words; empty where it has none."""
+    config, recovery = _mixture_of(run), run.recipe.get("recovery") or {}
+    taught, lora = recovery.get("distillation"), recovery.get("lora")
     return {
         "mixture": mixture_in_words(config) if config else "",
         "loss_from": config.loss_from if config else "",
         "distillation": distillation_in_words(DistillationConfig.model_validate(taught)) if taught else "",
+        "lora": lora_in_words(LoraConfig.model_validate(lora)) if lora else "",
     }
 
 

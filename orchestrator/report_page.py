@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 
 from orchestrator import report_charts, report_pictures, report_text
+from orchestrator.report_slicing import is_sliced, slicing_tables
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 FILTERS = (
@@ -27,6 +28,13 @@ FUNCTIONS = ("forced_sentence", "uneven_rows")
 
 def page(report: dict[str, Any]) -> str:
     """The whole page, self-contained: style, figures and text in one file, nothing loaded, no script."""
+    sliced = slicing_tables(report) if is_sliced(report["recipe"]) else None
+    template = page_environment().get_template(TEMPLATE.name)
+    return template.render(report=report, figures=figures(report), sliced=sliced)
+
+
+def page_environment() -> jinja2.Environment:
+    """What turns templates into pages, with numbers as readers see them."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -37,7 +45,7 @@ def page(report: dict[str, Any]) -> str:
     environment.filters |= {name: getattr(report_text, name) for name in FILTERS}
     environment.filters["day"] = _day
     environment.globals |= {name: getattr(report_text, name) for name in (*NAMES, *FUNCTIONS)}
-    return environment.get_template(TEMPLATE.name).render(report=report, figures=figures(report))
+    return environment
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +85,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
 
 def _comparison(report: dict[str, Any]) -> str:
     curves = {}
-    for phase, name in (("recovery", "pruned, healed"), ("scratch", "from nothing")):
+    for phase, name in (("recovery", "smaller, healed"), ("scratch", "from nothing")):
         part = report["phases"].get(phase)
         if part and any(loss is not None for loss in part["evaluations"]["mean_loss"]):
             tokens = dict(zip(part["steps"], part["tokens"], strict=True))

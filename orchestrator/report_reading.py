@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
+from orchestrator.yaml_reading import read_yaml
 from shearing.data.manifest import Manifest, load_manifest
 from shearing.storage import Store, open_store
 
 PHASES = ("source", "pruning", "recovery", "scratch")
-STAGES = ("corpus", "source", "references", "pruning", "extraction", "recovery", "scratch", "scores", "report")
+STAGES = (
+    "corpus", "source", "references", "pruning", "extraction", "slicing", "recovery", "scratch", "scores", "report",
+)  # fmt: skip
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy", "safetensors")
 INTERRUPTIONS = ("resumed", "restarted")
 
@@ -42,6 +43,7 @@ class RunRecord:
     manifest: Manifest | None
     manifest_problem: str = ""
     domains: list[str] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
 
     def outputs(self, stage: str) -> dict[str, Any]:
         """What a finished stage put out; empty where it did not finish."""
@@ -52,7 +54,7 @@ class RunRecord:
 def read_run(workspace: Store) -> RunRecord:
     """Everything in a workspace that a report speaks of."""
     recipe_text = workspace.read_bytes("recipe.yaml").decode() if workspace.exists("recipe.yaml") else ""
-    recipe = yaml.safe_load(recipe_text) or {}
+    recipe = read_yaml(recipe_text, "recipe.yaml") or {}  # as it was written: YAML 1.1 takes 2:4 for a number
     stages = {name: workspace.read_json(f"stages/{name}.json") for name in _names(workspace, "stages", ".json")}
     phases = {
         phase: read_phase(workspace.read_bytes(f"metrics/{phase}.jsonl"))
@@ -72,7 +74,16 @@ def read_run(workspace: Store) -> RunRecord:
         manifest=manifest,
         manifest_problem=problem,
         domains=domains,
+        layers=_layers(workspace),
     )
+
+
+def _layers(workspace: Store) -> list[dict[str, Any]]:
+    """The last row of each layer that was sliced."""
+    name = "metrics/slicing.jsonl"
+    rows = _rows(workspace.read_bytes(name)) if workspace.exists(name) else iter(())
+    last = {row["step"]: row for row in rows if row is not None and row["kind"] == "layer"}
+    return [last[step] for step in sorted(last)]
 
 
 def read_phase(data: bytes) -> PhaseRecord:

@@ -15,7 +15,8 @@ SHAPE_NAMES = {
 MODEL_NAMES = {
     "source": "Source",
     "pruned": "Pruned, not healed",
-    "recovered": "Result (pruned, healed)",
+    "sliced": "Sliced, not healed",
+    "recovered": "Result (smaller, healed)",
     "scratch": "Same shape, from nothing",
 }
 PROOF_NAMES = {
@@ -124,28 +125,28 @@ def changes_of(rows: list[int], sign: int) -> list[str]:
     return [f"layer {row}: {count}" for row, count in where] if len(rows) > 1 else ["of all layers"]
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report as Markdown: verdict and tables, without pictures."""
+Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
+
+
+def markdown(report: dict[str, Any], slicing: list[Table] | None = None) -> str:
+    """The report as Markdown: verdict and tables, without pictures. `slicing` has the tables of a run that slices."""
     verdict = report["verdict"]
     blocks = [
         f"# {report['name']}: run report",
         f"**{verdict['headline']}** {verdict['summary']}".strip(),
-        _table(
+        markdown_table(
             ["", "Check", "Figure", "Why it matters"],
             [[MARKS[fact["level"]], fact["title"], fact["value"], fact["why"]] for fact in verdict["facts"]],
         ),
         "## Shapes",
         _shapes(report),
-        "## Gates",
-        _gates(report),
-        "## Extraction",
-        _proof(report),
+        *(_sheared(report) if slicing is None else _sliced(slicing)),
         "## Scores",
         _scores(report),
         "## Data use",
         _data_use(report),
         "## Stages",
-        _table(
+        markdown_table(
             ["Stage", "State", "Time"],
             [[stage["stage"], stage["state"], duration(stage["seconds"])] for stage in report["stages"]],
         ),
@@ -159,7 +160,17 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def _sheared(report: dict[str, Any]) -> list[str]:
+    return ["## Gates", _gates(report), "## Extraction", _proof(report)]
+
+
+def _sliced(tables: list[Table]) -> list[str]:
+    blocks = [block for title, head, rows in tables for block in (f"### {title}", markdown_table(head, rows))]
+    return ["## Slicing", *(blocks or ["Not run."])]
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -173,10 +184,10 @@ def _shapes(report: dict[str, Any]) -> str:
     counts = shapes["parameters"]
     if counts:
         rows.append(["Parameters", whole(counts.get("source")), whole(counts.get("target"))])
-    tables = [_table(["", "Source", "Result"], rows)]
+    tables = [markdown_table(["", "Source", "Result"], rows)]
     if uneven := (report["extraction"] or {}).get("uneven"):
         numbered = [[str(layer), *sizes] for layer, sizes in enumerate(uneven_rows(uneven))]
-        tables.append(_table(["Layer of the result", "Heads", "Key/value heads", "Intermediate"], numbered))
+        tables.append(markdown_table(["Layer of the result", "Heads", "Key/value heads", "Intermediate"], numbered))
     return "\n\n".join(tables)
 
 
@@ -196,7 +207,13 @@ def _gates(report: dict[str, Any]) -> str:
     ]
     head = ["Group", "Where", "Units", "Target", "Expected to stay", "Undecided gates"]
     method = (report["recipe"].get("pruning") or {}).get("method", "learned")
-    return _table(head, rows) if rows else f"None: units chosen by {method}." if method != "learned" else "Not run."
+    return (
+        markdown_table(head, rows)
+        if rows
+        else f"None: units chosen by {method}."
+        if method != "learned"
+        else "Not run."
+    )
 
 
 def _proof(report: dict[str, Any]) -> str:
@@ -213,7 +230,7 @@ def _proof(report: dict[str, Any]) -> str:
         for key in PROOF_NAMES
         if key in proof
     ]
-    table = _table(["Loss, nats a token", "mean", *domains], rows)
+    table = markdown_table(["Loss, nats a token", "mean", *domains], rows)
     forced = (report["extraction"] or {}).get("forced") or {}
     lines = [
         f"Forced at extraction: {group}, {forced_sentence(part)}; alone {signed_nats(part['nats'])} nats a token."
@@ -247,9 +264,9 @@ def _scores(report: dict[str, Any]) -> str:
     head = ["Model", "Parameters", "Prunable", "On disk", "Peak memory", "Prefill tokens/s", "Decoding tokens/s"]
     return "\n\n".join(
         [
-            _table(["Loss, nats a token", "mean", *domains], losses),
-            _table(["Perplexity", *domains], perplexities),
-            _table(head, sizes),
+            markdown_table(["Loss, nats a token", "mean", *domains], losses),
+            markdown_table(["Perplexity", *domains], perplexities),
+            markdown_table(head, sizes),
         ]
     )
 
@@ -268,7 +285,7 @@ def _data_use(report: dict[str, Any]) -> str:
         for d, use in part["data_use"].items()
     ]
     head = ["Phase", "Domain", "Sequences drawn", "Available", "Epochs", "Share"]
-    return _table(head, rows) if rows else "Not run."
+    return markdown_table(head, rows) if rows else "Not run."
 
 
 def _provenance(report: dict[str, Any]) -> str:
@@ -282,4 +299,4 @@ def _provenance(report: dict[str, Any]) -> str:
     tokenizer = provenance["tokenizer"]
     sha256, vocabulary = tokenizer["sha256"], whole(tokenizer["vocab_size"])
     note = f"Corpus {provenance['fingerprint']}; tokenizer of {vocabulary} tokens, SHA-256 {sha256}."
-    return _table(["Domain", "Files", "Bytes", "Documents", "Malformed lines"], rows) + "\n\n" + note
+    return markdown_table(["Domain", "Files", "Bytes", "Documents", "Malformed lines"], rows) + "\n\n" + note

@@ -6,9 +6,10 @@ Levels: `good` holds; `warn` worth a look; `bad` do not trust the result as it i
 
 from typing import Any
 
+from orchestrator.report_fact import Fact, fact
+from orchestrator.report_slicing import is_sliced, slicing_facts
 from orchestrator.report_text import compact, duration, nats, percent, signed_nats, times
 
-Fact = dict[str, Any]
 SMALL_GAP_NATS = 0.05  # a learned mask and its exact target further apart than this were not yet decided
 WAITING_SHARE = 0.01
 TAKEN_OVER = 0.6
@@ -16,13 +17,14 @@ TAKEN_OVER = 0.6
 
 def verdict(report: dict[str, Any]) -> dict[str, Any]:
     """Headline, summary and facts of a report's contents."""
-    facts = [fact for judge in JUDGES for fact in judge(report)]
-    levels = {fact["level"] for fact in facts}
+    judges = (slicing_facts, *JUDGES) if is_sliced(report["recipe"]) else (_target, _proof, *JUDGES)
+    facts = [found for judge in judges for found in judge(report)]
+    levels = {found["level"] for found in facts}
     unfinished = [
         stage["stage"] for stage in report["stages"] if stage["state"] != "finished" and _asked(report, stage)
     ]
-    bad = [fact["title"] for fact in facts if fact["level"] == "bad"]
-    warned = [fact["title"] for fact in facts if fact["level"] == "warn"]
+    bad = [found["title"] for found in facts if found["level"] == "bad"]
+    warned = [found["title"] for found in facts if found["level"] == "warn"]
     if bad:
         level, headline = "bad", f"Do not rely on this model yet: {_listed(bad)}."
     elif unfinished:
@@ -34,14 +36,11 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
     return {"level": level, "headline": headline, "summary": _summary(report), "facts": facts, "levels": sorted(levels)}
 
 
-def _fact(key: str, level: str, title: str, value: str, why: str) -> Fact:
-    return {"key": key, "level": level, "title": title, "value": value, "why": why}
-
-
 def _asked(report: dict[str, Any], stage: dict[str, Any]) -> bool:
     """Whether the recipe asks for a stage at all."""
     recipe = report["recipe"]
     optional = {"source": bool((recipe.get("source") or {}).get("train")), "scratch": recipe.get("scratch") is not None}
+    optional["recovery"] = "recovery" not in recipe or recipe["recovery"] is not None
     return optional.get(stage["stage"], True)
 
 
@@ -59,15 +58,20 @@ def _mean_loss(report: dict[str, Any], model: str) -> float | None:
     return entry.get("mean_loss")
 
 
+def _result_loss(report: dict[str, Any]) -> float | None:
+    recovered = _mean_loss(report, "recovered")
+    return _mean_loss(report, "sliced") if recovered is None else recovered
+
+
 def _summary(report: dict[str, Any]) -> str:
     parts = []
     counts = (report["shapes"] or {}).get("parameters") or {}
     if counts.get("source") and counts.get("target"):
         share = percent(counts["target"] / counts["source"], 0)
         parts.append(f"Of {compact(counts['source'])} parameters, {compact(counts['target'])} were kept ({share}).")
-    source, recovered = _mean_loss(report, "source"), _mean_loss(report, "recovered")
-    if source is not None and recovered is not None:
-        text = f"On held-out text the result has a loss of {nats(recovered)} nats a token, the source of {nats(source)}"
+    source, result = _mean_loss(report, "source"), _result_loss(report)
+    if source is not None and result is not None:
+        text = f"On held-out text the result has a loss of {nats(result)} nats a token, the source of {nats(source)}"
         scratch = _mean_loss(report, "scratch")
         if scratch is not None:
             text += f", a model of the same small shape trained from nothing on as many tokens of {nats(scratch)}"
@@ -83,25 +87,25 @@ def _target(report: dict[str, Any]) -> list[Fact]:
     title = "The masks reached the target shape"
     extraction = report["extraction"]
     if not extraction:
-        return [_fact("target", "open", title, "not run", "Extraction has not run, so nothing is known yet.")]
+        return [fact("target", "open", title, "not run", "Extraction has not run, so nothing is known yet.")]
     method = (report["recipe"].get("pruning") or {}).get("method", "learned")
     if method != "learned":
         why = "No gate was learned, so none is between: the largest scores stay, at exactly the target's size."
-        return [_fact("target", "good", "The target shape was chosen at once", f"by {method}", why)]
+        return [fact("target", "good", "The target shape was chosen at once", f"by {method}", why)]
     gaps = {group: max(map(abs, rows)) for group, rows in (extraction.get("gaps") or {}).items() if rows}
     worst = max(gaps, key=lambda group: gaps[group]) if gaps else None
     value = f"largest gap {gaps[worst]:.3f} ({worst})" if worst else "no gap reported"
     if extraction.get("converged"):
-        return [_fact("target", "good", title, value, "Extraction then only removes what training had closed already.")]
+        return [fact("target", "good", title, value, "Extraction then only removes what training had closed already.")]
     value = "; ".join(map(str, (extraction.get("missed") or [])[:3])) or value
     title, forced = "The masks did not reach the target shape", _rounding_cost(extraction)
     if forced is not None and forced <= SMALL_GAP_NATS:
         why = f"Extraction forced the rest, which cost {signed_nats(forced)} nats a token: little. Learn longer."
-        return [_fact("target", "warn", title, value, why)]
+        return [fact("target", "warn", title, value, why)]
     why = (
         "Extraction cut units that training still used: the pruned model is worse than what was trained. Learn longer."
     )
-    return [_fact("target", "bad", title, value, why)]
+    return [fact("target", "bad", title, value, why)]
 
 
 def _rounding_cost(extraction: dict[str, Any]) -> float | None:
@@ -118,36 +122,43 @@ def _proof(report: dict[str, Any]) -> list[Fact]:
     difference, tolerance = extraction.get("largest_difference"), extraction.get("agreement_tolerance")
     value = f"largest difference {_small(difference)}, allowed {_small(tolerance)}"
     why = "The masked model, the extracted one and the one read back from disk by stock software compute the same."
-    facts = [_fact("proof", "good", "The saved model is the trained one", value, why)]
+    facts = [fact("proof", "good", "The saved model is the trained one", value, why)]
     if not extraction.get("agrees"):
         why = "Masked, extracted and reloaded model should compute the same and do not: do not use the files."
-        facts = [_fact("proof", "bad", "The saved model differs from the trained one", value, why)]
+        facts = [fact("proof", "bad", "The saved model differs from the trained one", value, why)]
     gap = _rounding_cost(extraction)
     if gap is not None:
         level = "good" if gap <= SMALL_GAP_NATS else "warn"
         title = "Rounding the masks cost little" if level == "good" else "Rounding the masks cost much"
         why = f"Loss at the exact target shape minus loss with the masks as learned; up to {SMALL_GAP_NATS} is small."
-        facts.append(_fact("rounding", level, title, f"{signed_nats(gap)} nats a token", why))
+        facts.append(fact("rounding", level, title, f"{signed_nats(gap)} nats a token", why))
     return facts
 
 
 def _recovery(report: dict[str, Any]) -> list[Fact]:
-    source, pruned, recovered, scratch = (
-        _mean_loss(report, model) for model in ("source", "pruned", "recovered", "scratch")
-    )
+    source, recovered, scratch = (_mean_loss(report, model) for model in ("source", "recovered", "scratch"))
+    pruned = _mean_loss(report, "sliced" if is_sliced(report["recipe"]) else "pruned")
+    if recovered is None and pruned is not None:
+        return []  # the recipe asks for no recovery
     if recovered is None:
-        return [_fact("recovery", "open", "Quality of the result", "not scored", "The stage scores has not run.")]
+        return [fact("recovery", "open", "Quality of the result", "not scored", "The stage scores has not run.")]
     facts = []
     if pruned is not None and source is not None:
         healed = recovered < pruned
+        smaller = "slicing" if is_sliced(report["recipe"]) else "pruning"
         share = (pruned - recovered) / (pruned - source) if pruned > source else None
         value = f"{nats(pruned)} to {nats(recovered)} nats a token"
-        why = f"Continued training undid {percent(share, 0)} of what pruning cost. " if share is not None else ""
+        why = f"Continued training undid {percent(share, 0)} of what {smaller} cost. " if share is not None else ""
         why += (
             f"The source stands at {nats(source)}; the rest, {signed_nats(recovered - source)}, is the price of size."
         )
+        if recovered < source:
+            why = f"It came out below the source, which stands at {nats(source)}: {signed_nats(recovered - source)}."
         title = "Continued training healed the model" if healed else "Continued training did not help"
-        facts.append(_fact("recovery", "good" if healed else "bad", title, value, why))
+        facts.append(fact("recovery", "good" if healed else "bad", title, value, why))
+    if lora := report["settings"]["lora"]:
+        why = "Continued training moved low-rank adapters alone; all other weights are as they were before it."
+        facts.append(fact("lora", "info", "Recovery by LoRA", lora, why))
     if scratch is not None:
         better = recovered < scratch
         title = "Pruning beat training from nothing" if better else "Training from nothing did as well or better"
@@ -157,7 +168,7 @@ def _recovery(report: dict[str, Any]) -> list[Fact]:
             else "At this budget pruning bought nothing; check learning rates and length."
         )
         facts.append(
-            _fact(
+            fact(
                 "scratch", "good" if better else "warn", title, f"{signed_nats(recovered - scratch)} nats a token", why
             )
         )
@@ -175,12 +186,12 @@ def _data(report: dict[str, Any]) -> list[Fact]:
     if phases:
         why = "At every step the sequences drawn add up to the tokens trained on, and no count ever goes back."
         value = f"{sum(part['summary']['steps'] for part in phases.values()):,} steps checked"
-        fact = _fact("accounting", "good", "Every training token is accounted for", value, why)
+        counted = fact("accounting", "good", "Every training token is accounted for", value, why)
         if wrong:
             value = ", ".join(f"{p}: {count} of {phases[p]['summary']['steps']:,} steps" for p, count in wrong.items())
             why = "The sequences drawn do not add up to the tokens trained on: data was lost, repeated or not recorded."
-            fact = _fact("accounting", "bad", "Training tokens are not all accounted for", value, why)
-        facts.append(fact)
+            counted = fact("accounting", "bad", "Training tokens are not all accounted for", value, why)
+        facts.append(counted)
     repeated = {
         (phase, domain): use["epochs"]
         for phase, part in phases.items()
@@ -192,13 +203,13 @@ def _data(report: dict[str, Any]) -> list[Fact]:
         (phase, domain), most = max(repeated.items(), key=lambda item: item[1])
         why = f"{_counted(len(repeated), 'stream')} began again; a training loss on text seen before flatters."
         facts.append(
-            _fact("epochs", "warn", "Some text was read more than once", f"{domain} in {phase}: {times(most)}", why)
+            fact("epochs", "warn", "Some text was read more than once", f"{domain} in {phase}: {times(most)}", why)
         )
     elif known:
         most = max(use["epochs"] or 0 for part in phases.values() for use in part["data_use"].values())
         why = "No domain ran out, so within a phase every training loss was measured on text not seen before."
         facts.append(
-            _fact("epochs", "good", "No text was read twice in a phase", f"at most {percent(most, 0)} of a domain", why)
+            fact("epochs", "good", "No text was read twice in a phase", f"at most {percent(most, 0)} of a domain", why)
         )
     return facts
 
@@ -210,7 +221,7 @@ def _losses(report: dict[str, Any]) -> list[Fact]:
     phases = report["phases"]
     value = ", ".join(f"{p}: {count} of {phases[p]['summary']['steps']:,} steps" for p, count in bad.items())
     return [
-        _fact("finite", "bad", "Some losses were not numbers", value, "Training broke down; lower the learning rate.")
+        fact("finite", "bad", "Some losses were not numbers", value, "Training broke down; lower the learning rate.")
     ]
 
 
@@ -225,9 +236,9 @@ def _mixture(report: dict[str, Any]) -> list[Fact]:
         value = f"{moved}: {percent(prior[moved])} to {percent(last[moved])}"
         if last[moved] > TAKEN_OVER and last[moved] > 2 * prior[moved]:
             why = "One domain takes most of the data. Look at its reference loss, or set mixture.cap or prior_pull."
-            return [_fact("mixture", "warn", "One domain took over the mixture", value, why)]
+            return [fact("mixture", "warn", "One domain took over the mixture", value, why)]
         why = f"Largest change of a proportion over {phase}; domains further above their reference loss get more data."
-        return [_fact("mixture", "info", "How far the mixture moved", value, why)]
+        return [fact("mixture", "info", "How far the mixture moved", value, why)]
     return []
 
 
@@ -243,7 +254,7 @@ def _predicted(report: dict[str, Any]) -> list[Fact]:
     why = f"From sibling models, at the target's size. {_counted(len(warnings), 'warning')}" + (
         f": {'; '.join(warnings)}." if warnings else "."
     )
-    return [_fact("references", "info", "Reference losses are predicted", value, why)]
+    return [fact("references", "info", "Reference losses are predicted", value, why)]
 
 
 def _decisions(report: dict[str, Any]) -> list[Fact]:
@@ -255,16 +266,16 @@ def _decisions(report: dict[str, Any]) -> list[Fact]:
     if wrong:
         value = "; ".join(f"{phase}, version {r['differs_at']}: {r['how']}" for phase, r in wrong.items())
         why = "Decided again from the losses that were recorded, it comes out otherwise: history or rule was changed."
-        facts.append(_fact("replay", "warn", "A decision on the mixture does not replay", value, why))
+        facts.append(fact("replay", "warn", "A decision on the mixture does not replay", value, why))
     elif unknown:
         value = "; ".join(f"{phase}: {problem}" for phase, problem in unknown.items())
         facts.append(
-            _fact("replay", "info", "Decisions on the mixture could not be replayed", value, "Nothing is said.")
+            fact("replay", "info", "Decisions on the mixture could not be replayed", value, "Nothing is said.")
         )
     elif replays:
         value = ", ".join(f"{phase}: {_counted(r['versions'], 'version')} equal" for phase, r in replays.items())
         why = "Every version of the proportions was decided again from the losses on record and came out the same."
-        facts.append(_fact("replay", "good", "Decisions on the mixture replay", value, why))
+        facts.append(fact("replay", "good", "Decisions on the mixture replay", value, why))
     costs = {p: part["summary"] for p, part in report["phases"].items() if part["summary"].get("evaluation_s")}
     if costs:
         value = ", ".join(
@@ -275,7 +286,7 @@ def _decisions(report: dict[str, Any]) -> list[Fact]:
             why += "It only measured: the mixture was moved by the losses of training batches, at no cost."
         else:
             why += "Its losses moved the mixture; mixture.loss_from=train takes those of training batches, at no cost."
-        facts.append(_fact("evaluation", "info", "What held-out evaluation cost", value, why))
+        facts.append(fact("evaluation", "info", "What held-out evaluation cost", value, why))
     return facts
 
 
@@ -286,26 +297,29 @@ def _run(report: dict[str, Any]) -> list[Fact]:
         repeated = sum(part["summary"].get("repeated_steps", 0) for part in report["phases"].values())
         value = ", ".join(f"{phase}: {count}" for phase, count in interrupted.items())
         why = f"The run went on from its checkpoints; {repeated:,} steps were done again and count once here."
-        facts.append(_fact("interruptions", "info", "Interruptions survived", value, why))
+        facts.append(fact("interruptions", "info", "Interruptions survived", value, why))
     waits = {p: s for p, part in report["phases"].items() if (s := part["summary"].get("data_wait_share")) is not None}
     if waits:
         phase = max(waits, key=lambda p: waits[p])
         level = "good" if waits[phase] <= WAITING_SHARE else "warn"
         title = "Training did not wait for data" if level == "good" else "Training waited for data"
         why = f"Largest share of step time spent waiting (in {phase}); up to {percent(WAITING_SHARE, 0)} is fine."
-        facts.append(_fact("waiting", level, title, percent(waits[phase], 2), why))
+        facts.append(fact("waiting", level, title, percent(waits[phase], 2), why))
     provenance = report["provenance"]
     if not provenance["problem"]:
         lines, malformed = provenance["lines"], provenance["malformed_lines"]
         why = "Lines of raw text that could not be read and were left out; files and lines are listed under provenance."
         level = "good" if not malformed else "info"
-        facts.append(_fact("malformed", level, "Malformed lines skipped", f"{malformed:,} of {lines:,}", why))
+        facts.append(fact("malformed", level, "Malformed lines skipped", f"{malformed:,} of {lines:,}", why))
     return facts
 
 
 def _speed(report: dict[str, Any]) -> list[Fact]:
     models = (report["scores"] or {}).get("models") or {}
-    source, result = models.get("source") or {}, models.get("recovered") or models.get("pruned") or {}
+    source, result = (
+        models.get("source") or {},
+        models.get("recovered") or models.get("sliced") or models.get("pruned") or {},
+    )
     if not (source.get("decode_tokens_per_s") and result.get("decode_tokens_per_s")):
         return []
     decode = result["decode_tokens_per_s"] / source["decode_tokens_per_s"]
@@ -313,13 +327,11 @@ def _speed(report: dict[str, Any]) -> list[Fact]:
     value = f"prefill {times(prefill)}, decoding {times(decode)}"
     level = "good" if min(prefill, decode) > 1 else "warn"
     title = "The result is faster than the source" if level == "good" else "The result is not faster throughout"
-    return [
-        _fact("speed", level, title, value, "Tokens a second against the source, measured in turns in one process.")
-    ]
+    return [fact("speed", level, title, value, "Tokens a second against the source, measured in turns in one process.")]
 
 
 def _small(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.1e}"
 
 
-JUDGES = (_target, _proof, _recovery, _data, _losses, _speed, _mixture, _predicted, _decisions, _run)
+JUDGES = (_recovery, _data, _losses, _speed, _mixture, _predicted, _decisions, _run)

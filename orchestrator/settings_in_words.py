@@ -1,7 +1,8 @@
 """Settings of a recipe as a person would say them, for the plan and the report."""
 
+from orchestrator.recipe import SourceConfig
 from shearing.data.config import STILL_RULES, MixtureConfig
-from shearing.training.config import DistillationConfig
+from shearing.training.config import DistillationConfig, LoraConfig
 
 _RULES = {
     "static": "held at the prior",
@@ -50,3 +51,22 @@ def distillation_in_words(distillation: DistillationConfig | None) -> str:
         f"{text:g} cross-entropy + {taught:g} KL to {teacher} at temperature {distillation.temperature:g}, in "
         "continued pretraining; the teacher stands whole on every worker"
     )
+
+
+def lora_in_words(lora: LoraConfig | None) -> str:
+    """What continued pretraining trains, in one line."""
+    if lora is None:
+        return "none: continued pretraining trains every weight"
+    result = "added to the weights at the end" if lora.merge else "kept as files beside the weights"
+    where = f"on every linear of {' and '.join(lora.targets)}"
+    return (
+        f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout:g} {where}; "
+        f"learning rate {lora.learning_rate:g}; {result}"
+    )
+
+
+def source_in_words(source: SourceConfig) -> str:
+    """Where the model to start from comes from."""
+    if source.model is not None:
+        return f"what lies in {source.model}"
+    return "trained by this run; source.model=DIR source.train=null starts from one that is there"

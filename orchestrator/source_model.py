@@ -16,7 +16,9 @@ from shearing.models.family import (
     shape_of,
     vocabulary_of,
 )
+from shearing.models.parameters import count_parameters
 from shearing.models.shape import Shape
+from shearing.pruning.slicing.plan import check_slicing, sliced_config, sliced_parameters
 from shearing.pruning.target import check_pruning, target_parameters, target_shape
 
 _OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -31,7 +33,15 @@ class SourceFacts:
     family: Family | None = None
     shape: Shape | None = None
     target: Shape | None = None
+    sliced: dict[str, Any] | None = None
     tokenizer_vocabulary: int | None = None
+
+    @property
+    def result(self) -> tuple[dict[str, Any], Shape | None] | None:
+        """The smaller model as a config and the shape that it has in place of that config's own, if another."""
+        if self.sliced is not None:
+            return self.sliced, None
+        return (self.config, self.target) if self.config is not None and self.target is not None else None
 
 
 def trained_source_config(recipe: Recipe, vocabulary: int, boundary_token_id: int | None = None) -> dict[str, Any]:
@@ -159,7 +169,7 @@ def _read_config(facts: SourceFacts, recipe: Recipe) -> None:
     except UserError as error:
         facts.problems += error.problems
         return
-    facts.problems += check_config(config)
+    facts.problems += check_config(config) if recipe.slicing is None else []  # which checks the same and more
     rows = vocabulary_of(config)
     if facts.tokenizer_vocabulary is not None and facts.tokenizer_vocabulary > rows:
         facts.problems.append(
@@ -184,9 +194,19 @@ def _read_config(facts: SourceFacts, recipe: Recipe) -> None:
         facts.problems += wrong
         if not wrong:
             facts.target = target_shape(facts.shape, recipe.pruning.target)
+    if recipe.slicing is not None:
+        wrong = check_slicing(config, recipe.slicing)
+        facts.problems += wrong
+        if not wrong:
+            facts.sliced = sliced_config(config, recipe.slicing)
+    if recipe.sparsifying is not None:
+        facts.target = facts.shape
 
 
 def result_parameters(recipe: Recipe, source_config: dict[str, Any]) -> int:
     """Parameters of the model that a run makes out of the source, for a recipe that preflight let through."""
-    assert recipe.pruning is not None
-    return target_parameters(source_config, recipe.pruning.target)
+    if recipe.pruning is not None:
+        return target_parameters(source_config, recipe.pruning.target)
+    return (
+        count_parameters(source_config) if recipe.slicing is None else sliced_parameters(source_config, recipe.slicing)
+    )

@@ -1,7 +1,7 @@
 """One stage of a run: what it rests on, what it does, and when it is done."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from fnmatch import fnmatch
@@ -22,6 +22,7 @@ FREE_KEYS = (
     "corpus.path", "corpus.root", "corpus.malformed_limit", "*.checkpoint_every_steps",
     "mixture.on_exhausted", "engine.workers", "engine.cpus_per_worker", "engine.gpus_per_worker", "engine.zero_stage",
     "engine.micro_batch_sequences", "engine.activation_checkpointing", "engine.max_failures", "watchdog.*",
+    "comparison.workers", "comparison.at_once",
 )  # fmt: skip
 
 
@@ -133,6 +134,19 @@ def run_stage(stage: Stage, context: Context) -> Mark:
         context.workspace.interrupted(mark, time.monotonic() - started)
         raise
     return context.workspace.finish(mark, outputs, time.monotonic() - started)
+
+
+def finished_context(stages: Sequence[Stage], context: Context) -> Context | None:
+    """The context with the outputs of all stages where every one of them is finished on these inputs; else None."""
+    for stage in stages:
+        mark = context.workspace.mark(stage.name)
+        if mark is None or mark.inputs != fingerprint(stage.rests_on(context)):
+            return None
+        if mark.finished is None or not stage.is_whole(context, mark.outputs):
+            return None
+        context.outputs[stage.name] = mark.outputs
+        context.fingerprints[stage.name] = mark.fingerprint
+    return context
 
 
 def recipe_conflicts(stages: list[Stage], recipe: Recipe, workspace: Workspace) -> list[str]:

@@ -5,6 +5,7 @@ Importing this loads neither torch nor Ray: a body imports what it needs when it
 
 from typing import Any
 
+from orchestrator.recipe import Recipe
 from orchestrator.source_model import result_parameters
 from orchestrator.stage import Context, Stage
 from orchestrator.workspace import fingerprint
@@ -90,6 +91,18 @@ def _extraction(context: Context) -> dict[str, Any]:
     return run_extraction(context)
 
 
+def _slicing(context: Context) -> dict[str, Any]:
+    from orchestrator.slicing_stage import run_slicing
+
+    return run_slicing(context)
+
+
+def _sparsifying(context: Context) -> dict[str, Any]:
+    from orchestrator.sparsifying_stage import run_sparsifying
+
+    return run_sparsifying(context)
+
+
 def _recovery(context: Context) -> dict[str, Any]:
     from orchestrator.training_stages import run_recovery
 
@@ -106,15 +119,13 @@ def _scores(context: Context) -> dict[str, Any]:
     """Losses, sizes and speeds of every model of the run, by one protocol."""
     from actors.scoring import score_models
 
-    store = context.workspace.store
-    models = {
-        "source": source_model(context),
-        "pruned": store.child("pruned").uri,
-        "recovered": store.child("model").uri,
-    }
-    if "scratch" in context.outputs:
-        models["scratch"] = store.child("scratch").uri
-    scores = score_models(models, score_protocol(context), ("source", "recovered"), **task_resources(context))
+    store, smaller = context.workspace.store, smaller_folder(context.recipe)
+    models = {"source": source_model(context), smaller: store.child(smaller).uri}
+    for stage, name, folder in (("recovery", "recovered", "model"), ("scratch", "scratch", "scratch")):
+        if stage in context.outputs:
+            models[name] = store.child(folder).uri
+    result = "recovered" if "recovered" in models else smaller
+    scores = score_models(models, score_protocol(context), ("source", result), **task_resources(context))
     for name, entry in scores["models"].items():
         context.console.note(
             f"{name}: {entry['parameters']:,} parameters, mean loss {entry['mean_loss']:.4f} nats a token"
@@ -132,6 +143,13 @@ def _report(context: Context) -> dict[str, Any]:
 def source_model(context: Context) -> str:
     """Where the source model lies: what the recipe names, or what the stage `source` trained."""
     return str(context.outputs["source"]["model"])
+
+
+def smaller_folder(recipe: Recipe) -> str:
+    """Folder of the run that holds the smaller model before its recovery."""
+    if recipe.sparsifying is not None:
+        return "sparse"
+    return "pruned" if recipe.slicing is None else "sliced"
 
 
 def score_protocol(context: Context) -> Any:
@@ -166,6 +184,7 @@ def _source_is_whole(_context: Context, outputs: dict[str, Any]) -> bool:
     return open_store(outputs["model"]).exists("config.json")
 
 
+SIZE_KEYS = ("fraction", "hidden_size", "schedule", "head", "rotation")  # of slicing: what the result's size rests on
 _STEERED = (*_BASE, "references", "mixture")
 
 CORPUS = Stage(
@@ -188,7 +207,7 @@ SOURCE = Stage(
 REFERENCES = Stage(
     name="references",
     title="the loss each domain should come down to",
-    keys=(*_BASE, "references", "pruning.target"),
+    keys=(*_BASE, "references", "pruning.target", *(f"slicing.{key}" for key in SIZE_KEYS)),
     after=("corpus", "source"),
     run=_references,
 )
@@ -208,11 +227,29 @@ EXTRACTION = Stage(
     run=_extraction,
     is_whole=_holds("pruned/config.json"),
 )
+SLICING = Stage(
+    name="slicing",
+    title="rotated and sliced, layer by layer",
+    keys=("seed", "corpus", "source", "engine.dtype", "slicing"),
+    after=("corpus", "source"),
+    run=_slicing,
+    is_whole=_holds("sliced/config.json"),
+    resumes=True,
+)
+SPARSIFYING = Stage(
+    name="sparsifying",
+    title="zeros in place of weights, layer by layer",
+    keys=("seed", "corpus", "source", "engine.dtype", "sparsifying"),
+    after=("corpus", "source"),
+    run=_sparsifying,
+    is_whole=_holds("sparse/config.json"),
+    resumes=True,
+)
 RECOVERY = Stage(
     name="recovery",
     title="continued pretraining",
-    keys=(*_STEERED, "pruning", "recovery"),
-    after=("corpus", "references", "pruning"),
+    keys=(*_STEERED, "pruning", "slicing", "sparsifying", "recovery"),
+    after=("corpus", "references", "pruning", "slicing", "sparsifying"),
     run=_recovery,
     is_whole=_holds("model/config.json"),
     resumes=True,
@@ -230,14 +267,25 @@ SCORES = Stage(
     name="scores",
     title="what it is worth",
     keys=(*_BASE, "scores"),
-    after=("corpus", "source", "extraction", "recovery", "scratch"),
+    after=("corpus", "source", "extraction", "slicing", "sparsifying", "recovery", "scratch"),
     run=_scores,
 )
 REPORT = Stage(
     name="report",
     title="the whole on one page",
     keys=("name",),
-    after=("corpus", "source", "references", "pruning", "extraction", "recovery", "scratch", "scores"),
+    after=(
+        "corpus",
+        "source",
+        "references",
+        "pruning",
+        "extraction",
+        "slicing",
+        "sparsifying",
+        "recovery",
+        "scratch",
+        "scores",
+    ),
     run=_report,
     is_whole=_holds("report/index.html"),
     needs_ray=False,

@@ -11,7 +11,7 @@ from orchestrator.console import format_duration
 from orchestrator.phases import choosing_config, export_config, phase_config
 from orchestrator.source_model import trained_source_config
 from orchestrator.stage import Context
-from orchestrator.stages import score_protocol, source_model, task_resources
+from orchestrator.stages import score_protocol, smaller_folder, source_model, task_resources
 from shearing.data.manifest import TOKENIZER_FOLDER
 from shearing.models.directories import local_directory, publish_directory
 from shearing.models.loading import GENERATION_FILE, TOKENIZER_FILES, write_json
@@ -76,9 +76,9 @@ def run_extraction(context: Context) -> dict[str, Any]:
 
 
 def run_recovery(context: Context) -> dict[str, Any]:
-    """Continued pretraining of the pruned model."""
-    pruned = context.workspace.store.child("pruned").uri
-    return _export(context, _train(context, "recovery", pruned), pruned, "model")
+    """Continued pretraining of the smaller model, of all its weights or of adapters."""
+    smaller = context.workspace.store.child(smaller_folder(context.recipe)).uri
+    return _export(context, _train(context, "recovery", smaller), smaller, "model")
 
 
 def run_scratch(context: Context) -> dict[str, Any]:

@@ -18,17 +18,19 @@ LIGHT = (
     "orchestrator/recipe.py", "orchestrator/recipe_loading.py", "orchestrator/recipe_schema.py",
     "orchestrator/yaml_reading.py", "orchestrator/preflight.py", "orchestrator/plan.py", "orchestrator/plan_text.py",
     "orchestrator/stage.py", "orchestrator/stages.py", "orchestrator/run.py", "orchestrator/command.py",
-    "orchestrator/teacher_model.py", "orchestrator/settings_in_words.py",
+    "orchestrator/teacher_model.py", "orchestrator/settings_in_words.py", "orchestrator/sliced_model.py",
+    "shearing/pruning/slicing/config.py", "shearing/pruning/slicing/plan.py",
     "orchestrator/console.py", "orchestrator/workspace.py", "orchestrator/source_model.py",
     "shearing/config.py", "shearing/errors.py", "shearing/storage.py", "shearing/models/shape.py",
     "shearing/models/families.py", "shearing/models/family.py", "shearing/models/parameters.py",
     "shearing/pruning/target.py", "shearing/data/manifest.py", "shearing/data/mixture.py",
     "shearing/data/mixture_rules.py", "shearing/data/rule_by_path.py", "shearing/data/config.py",
     "shearing/pruning/config.py", "shearing/pruning/slicing/config.py", "shearing/pruning/slicing/plan.py",
-    "shearing/pruning/sparsity/config.py", "shearing/evaluation/config.py",
-    "shearing/training/config.py",
+    "shearing/pruning/sparsity/config.py", "shearing/evaluation/config.py", "shearing/evaluation/paired.py",
+    "orchestrator/methods.py", "orchestrator/comparison_checks.py", "orchestrator/comparison_run.py",
+    "orchestrator/comparison_stages.py", "orchestrator/comparison_command.py", "shearing/training/config.py",
 )  # fmt: skip
-HEAVY = {"torch", "ray", "transformers", "deepspeed", "matplotlib", "lm_eval"}
+HEAVY = {"torch", "ray", "transformers", "deepspeed", "matplotlib", "lm_eval", "peft"}
 
 
 def files(*folders):
@@ -114,6 +116,8 @@ def test_each_heavy_library_has_its_place(path):
         assert not used & {"matplotlib", "jinja2"}
     if name != "shearing/evaluation/harness.py":
         assert "lm_eval" not in used
+    if name != "shearing/training/adapters.py":
+        assert "peft" not in used
     assert "lm_eval" not in tops(path, only_on_loading=True), "it may not be installed"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TESTED = {"corpus", "mask_overhead", "orchestration", "start", "streams"}
+TESTED = {"corpus", "inference", "mask_overhead", "orchestration", "slicing", "start", "streams"}
 
 
 def run(name: str, *arguments: str, seconds: int = 300) -> str:
@@ -38,6 +38,27 @@ def test_mask_overhead():
     assert rows["plain"] == "1.000"  # by itself
     assert {"again", "folded", "activations", "bookkeeping", "linears", "norms"} < set(rows)
     assert all(0.2 < float(ratio) < 5 for ratio in rows.values())
+
+
+def test_inference():
+    """Also that the forms are equal in parameters: a ratio of speeds says nothing otherwise."""
+    printed = run("inference", "--sizes", "1M", "--rounds", "2", "--prompt", "16", "--decode", "3")
+    rows = re.findall(r"^ +1M (\S+) +([\d,]+) .*x(\d+\.\d+) \(.*, x(\d+\.\d+) \(", printed, flags=re.MULTILINE)
+    counts = {name: int(count.replace(",", "")) for name, count, *_ in rows}
+    assert counts["dense"] == counts["again"] == counts["2:4"] > counts["sheared"]
+    assert 0.85 * counts["sheared"] < counts["sliced"] <= counts["sheared"]
+    assert 0.7 * counts["sheared"] < counts["shared"] <= counts["sheared"]
+    assert rows[0] == ("dense", rows[0][1], "1.00", "1.00")
+    assert "2:4 is multiplied as dense" in printed or "semi-structured kernels in" in printed
+
+
+def test_slicing():
+    """Also that both sides find the same rotations, which the benchmark itself asserts."""
+    small = ["--layers", "2", "--width", "32", "--sequences", "2", "--tokens", "16", "--rounds", "1"]
+    printed = run("slicing", *small)
+    rows = re.findall(r"^(base|\w+ x2) +(plain|streamed) +[\d.]+ +[\d.]+ +", printed, flags=re.MULTILINE)
+    assert len(rows) == 8
+    assert len(re.findall(r"[\d.]+ of time, [\d.]+ of memory$", printed, flags=re.MULTILINE)) == 4
 
 
 def test_corpus():

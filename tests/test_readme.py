@@ -13,6 +13,7 @@ from typing import get_args
 import pytest
 import yaml
 
+from orchestrator.recipe import COMPARED_METHODS
 from orchestrator.recipe_loading import load_recipe
 from orchestrator.run import STAGES
 from shearing.data.config import RULE_WORDS, ReferencesConfig
@@ -48,6 +49,13 @@ COVERED = {
     "python pipelines/score_model.py runs/quickstart/model pipelines/recipes/quickstart.yaml "
     "--text wiki.test.txt --bos yes": f"{HERE}::test_corpus_and_scores",
     "python pipelines/fit_reference_losses.py losses.yaml --parameters 1345423360": f"{HERE}::test_reference_losses",
+    "python pipelines/compare_methods.py pipelines/recipes/comparison-quickstart.yaml "
+    "--plan": f"{HERE}::test_comparison_is_planned",
+    "python pipelines/compare_methods.py pipelines/recipes/comparison-quickstart.yaml --methods learned slicegpt "
+    "scratch": f"{HERE}::test_comparison_is_planned",  # run, with other methods, by tests/test_comparison.py
+    "python pipelines/slice_model.py pipelines/recipes/quickstart.yaml --plan": f"{HERE}::test_plan_of_slicing",
+    "python pipelines/slice_model.py pipelines/recipes/quickstart.yaml "
+    "source.train=null source.model=runs/quickstart/source recovery.lora.rank=16": f"{HERE}::test_plan_of_slicing",
     "python benchmarks/NAME.py": "tests/test_benchmarks.py",
     "python benchmarks/study/study.py": "tests/test_study.py::test_the_whole_study_at_its_smallest",
 }
@@ -112,6 +120,42 @@ def test_plan(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "recovery" in done.stdout
     assert not (tmp_path / "runs").exists(), "--plan starts nothing"
+
+
+def test_comparison_is_planned(tmp_path):
+    start = "python pipelines/compare_methods.py pipelines/recipes/comparison-quickstart.yaml"
+    done = run(documented(f"{start} --plan"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ") and "to run" in line]
+    assert listed == list(COMPARED_METHODS)
+    some = run(documented(f"{start} --methods") + " --plan", tmp_path)
+    assert some.returncode == 0, some.stderr
+    assert re.findall(r"^  (\w+) .*to run$", some.stdout, re.MULTILINE) == ["learned", "slicegpt", "scratch"]
+    assert not (tmp_path / "runs").exists(), "--plan starts nothing"
+
+
+def test_plan_of_slicing(tmp_path):
+    """Both commands as they stand; the second on a model such as the quickstart leaves, and planned. What it then does
+    is run by tests/test_slice_journey.py."""
+    from shearing.models.family import llama_config
+    from shearing.models.loading import model_tensors, new_model, write_model_directory
+
+    first, second = sorted(command for command in commands() if command.startswith("python pipelines/slice_model.py"))
+    done = run(first, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "8 of 128 -> 96" in done.stdout
+    train = load_recipe(str(ROOT / "pipelines" / "recipes" / "quickstart.yaml"), []).source.train
+    assert train is not None
+    config = llama_config(train.shape, train.tokenizer.vocab_size, 512)
+    source = tmp_path / "runs" / "quickstart" / "source"
+    source.parent.mkdir(parents=True)
+    write_model_directory(source, config, model_tensors(new_model(config)))
+    tokens = {"content": "<end>", "id": train.tokenizer.vocab_size - 1}
+    (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {}}, "added_tokens": [tokens]}))
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    planned = run(f"{second} --plan", tmp_path)
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    assert "rank 16, alpha 10" in planned.stdout
 
 
 def test_overrides_reach_the_plan(tmp_path):
@@ -251,7 +295,7 @@ def test_the_datas_way_is_the_order_of_the_stages():
     made |= {"masks": "pruning", "pruned model": "extraction", "recovered model": "recovery"}
     (way,) = (block[0] for block in blocks() if block[0].startswith("text ->"))
     order = [made.get(thing, thing) for thing in way.split(" -> ")[1:]]
-    assert order == [stage.name for stage in STAGES if stage.name != "scratch"]
+    assert order == [stage.name for stage in STAGES if stage.name not in ("scratch", "slicing", "sparsifying")]
 
 
 def test_paths_and_links_resolve():

@@ -74,6 +74,20 @@ def domain_loss_sums(
     return sums
 
 
+def sequence_losses(
+    model: nn.Module, sequences: Mapping[str, np.ndarray], batch_sequences: int, device: torch.device | str
+) -> dict[str, list[float]]:
+    """Nats a token of every sequence, by domain and in order. Arguments and errors as of `domain_loss_sums`."""
+    found: dict[str, list[float]] = {domain: [] for domain in sequences}
+    with evaluation_mode(model), torch.no_grad():
+        for domain, tokens_NT in _batches(sequences, batch_sequences):
+            ids_NT = torch.from_numpy(tokens_NT.astype(np.int64)).to(device)
+            logits_NTV = model(input_ids=ids_NT, use_cache=False).logits
+            for logits_TV, ids_T in zip(logits_NTV, ids_NT, strict=True):
+                found[domain].append(loss_sum(logits_TV[None], ids_T[None]) / (len(ids_T) - 1))
+    return found
+
+
 def mean_losses(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
     """Nats a token per domain. Raises ValueError for a domain without a token."""
     empty = [domain for domain, (_, tokens) in sums.items() if tokens == 0]

@@ -1,6 +1,6 @@
 """Names and sizes of all parameters in closed form, for plans, scores and checks; importable without torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
 
@@ -113,6 +113,38 @@ def _total(sizes: Sizes) -> int:
     return sum(prod(size) for size in sizes.values())
 
 
+def projection_modules(family: Family, halves: Iterable[str]) -> list[str]:
+    """Every linear of a layer's `attention` or `mlp` by its name in the layer, a fused one once."""
+    names = {
+        "attention": (family.query, family.key, family.value, family.output),
+        "mlp": (family.gate, family.up, family.down),
+    }
+    return list(dict.fromkeys(name for half in halves for name in names[half] if name is not None))
+
+
+def adapter_sizes(config: Any, halves: Iterable[str], shape: Shape | None = None) -> list[tuple[int, int]]:
+    """Rows and columns of every linear in `halves` of all layers; a LoRA of rank r adds r (rows + columns) to each.
+
+    Args:
+        config: A config.json's dict or a transformers config.
+        halves: Of `attention` and `mlp`.
+        shape: Counted at this shape; default the config's own, uneven and sliced ones included.
+    """
+    endings = tuple(f"{name}.weight" for name in projection_modules(family_of(config), halves))
+    sliced = shape is None and SLICED in as_config_dict(config)
+    layers = [_sliced_sizes(config)] if sliced else _projections_of_layers(config, shape)
+    return [(size[0], size[1]) for layer in layers for name, size in layer.items() if name.endswith(endings)]
+
+
+def _projections_of_layers(config: Any, shape: Shape | None) -> list[Sizes]:
+    family = family_of(config)
+    uneven = as_config_dict(config).get(UNEVEN) if shape is None else None
+    if uneven:
+        return [_present(_projections, family, config, layer) for layer in uneven["layers"]]
+    shape = shape or shape_of(config)
+    return [_projections(family, config, shape)] * shape.num_layers
+
+
 def prunable_parameters(config: Any, shape: Shape | None = None) -> int:
     """Parameters of attention and MLP projections, and of residual matrices: all but embeddings, LM head and norms.
 
@@ -125,11 +157,7 @@ def prunable_parameters(config: Any, shape: Shape | None = None) -> int:
     family = family_of(config)
     if shape is None and SLICED in as_config_dict(config):
         return _total({name: size for name, size in _sliced_sizes(config).items() if name.startswith(family.layers)})
-    uneven = as_config_dict(config).get(UNEVEN) if shape is None else None
-    if uneven:
-        return sum(_total(_present(_projections, family, config, layer)) for layer in uneven["layers"])
-    shape = shape or shape_of(config)
-    return shape.num_layers * _total(_projections(family, config, shape))
+    return sum(map(_total, _projections_of_layers(config, shape)))
 
 
 def _present(sizes: Callable[..., Sizes], family: Family, config: Any, layer: dict[str, Any]) -> Sizes:
@@ -139,6 +167,12 @@ def _present(sizes: Callable[..., Sizes], family: Family, config: Any, layer: di
     found = sizes(family, config, shape) if sizes is _projections else sizes(family, shape)
     absent = tuple(f"{name}." for half in layer.get("skip", []) for name in halves[half])
     return {name: size for name, size in found.items() if not name.startswith(absent)}
+
+
+def parameters_outside(config: Any, hidden_size: int) -> int:
+    """All parameters that are not prunable (embeddings, LM head, norms) with a residual stream of `hidden_size`."""
+    shape = shape_of(config).model_copy(update={"hidden_size": hidden_size})
+    return count_parameters(config, shape) - prunable_parameters(config, shape)
 
 
 def count_parameters(config: Any, shape: Shape | None = None, vocabulary: int | None = None) -> int:

@@ -38,10 +38,18 @@ class PruningTarget(TargetShape):
     sparsity: float | None = Field(
         None, gt=0, lt=1, description="Share of all prunable parameters that goes; layers end uneven"
     )
+    parameters: int | None = Field(
+        None, ge=1, description="At most so many stay in all, embeddings and norms included; layers end uneven"
+    )
+
+    @property
+    def is_overall(self) -> bool:
+        """Whether one bound on parameters stands in place of sizes."""
+        return self.sparsity is not None or self.parameters is not None
 
     def within(self, source: Shape) -> Shape:
-        """The full shape that this target means for a given source; the source's own where it is a sparsity."""
-        return TargetShape(**self.model_dump(exclude={"sparsity"})).within(source)
+        """The full shape that this target means for a given source; the source's own where it is one bound on all."""
+        return TargetShape(**self.model_dump(include=set(TargetShape.model_fields))).within(source)
 
 
 class LayerList(Config):

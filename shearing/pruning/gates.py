@@ -190,7 +190,11 @@ class Gates(nn.Module):
 
 def gates_for(model_config: Any, config: PruningConfig, seed: int = 0) -> Gates:
     """The gates of a recipe's pruning section over a source model, from the model's config."""
-    sparsity, options = config.target.sparsity, config.gates
-    overall = None if sparsity is None else OverallSparsity(model_config, sparsity)
+    target, options = config.target, config.gates
+    overall = None
+    if target.sparsity is not None:
+        overall = OverallSparsity(model_config, target.sparsity)
+    elif target.parameters is not None:
+        overall = OverallSparsity.of_all(model_config, target.parameters)
     groups = pruning_groups(shape_of(model_config), config)
     return Gates(groups, options.initial_log_alpha, options.initial_log_alpha_std, seed, overall)

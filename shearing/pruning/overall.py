@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shearing.models.family import family_of, has_bias, shape_of
-from shearing.models.parameters import prunable_parameters
+from shearing.models.parameters import count_parameters, parameters_outside, prunable_parameters
 from shearing.models.shape import Shape
 
 OVERALL = "overall"
@@ -60,22 +60,41 @@ class OverallSparsity:
     Args:
         config: Of the source model.
         sparsity: Share of the prunable parameters that goes.
+
+    Attributes:
+        total: Parameters of the source that count.
+        budget: How many of them may stay.
+        target_sparsity: The share that goes.
     """
 
     def __init__(self, config: Any, sparsity: float) -> None:
         self.shape: Shape = shape_of(config)
         self.costs = UnitCosts.of(config)
-        self.target_sparsity = sparsity
+        self.outside = (0, 0)  # what counts beside the projections: a hidden dimension's, and the rest
         self.total = prunable_parameters(config)
+        self.target_sparsity = sparsity
+        self.budget = int(self.total * (1 - sparsity))
         assert int(self.count({})) == self.total
 
-    @property
-    def budget(self) -> int:
-        """The largest number of prunable parameters that reaches the sparsity."""
-        return int(self.total * (1 - self.target_sparsity))
+    @classmethod
+    def of_all(cls, config: Any, parameters: int) -> "OverallSparsity":
+        """The same over all parameters, so that at most `parameters` stay with embeddings, LM head and norms.
+
+        What lies outside the projections follows the hidden size alone; norms of a half-layer that goes are counted
+        as if they stayed.
+        """
+        found = cls(config, 0.0)
+        hidden = found.shape.hidden_size
+        each = parameters_outside(config, hidden) - parameters_outside(config, hidden - 1)
+        found.outside = (each, parameters_outside(config, hidden) - each * hidden)
+        found.total = count_parameters(config)
+        found.budget = parameters
+        found.target_sparsity = 1 - parameters / found.total
+        assert int(found.count({})) == found.total
+        return found
 
     def count(self, gates: Mapping[str, Tensor]) -> Tensor:
-        """Prunable parameters left by gates, a scalar in float64: expected ones from P(z > 0), true ones from 0 and 1.
+        """Parameters left by gates, a scalar in float64: expected ones from P(z > 0), true ones from 0 and 1.
 
         Args:
             gates: By group, [L, X] or [X]; a group left out is all open. Differentiable.
@@ -90,10 +109,10 @@ class OverallSparsity:
 
         hidden = gates["hidden"].sum(dtype=torch.float64).cpu() if "hidden" in gates else self.shape.hidden_size
         left_L: Tensor = _left(self.shape, self.costs, hidden, units)
-        return left_L.sum()
+        return left_L.sum() + self.outside[0] * hidden + self.outside[1]
 
     def expected(self, open_p: Mapping[str, Tensor]) -> Tensor:
-        """Expected sparsity over all prunable parameters, a scalar; differentiable in P(z > 0) of every gate."""
+        """Expected sparsity over all parameters that count, a scalar; differentiable in P(z > 0) of every gate."""
         return 1 - self.count(open_p) / self.total
 
     def choose(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -164,11 +183,11 @@ class _Count:
     """The count of parameters while single gates change, at the cost of a layer a change."""
 
     def __init__(self, overall: OverallSparsity, gates: dict[str, Tensor]) -> None:
-        self.shape, self.costs, self.gates = overall.shape, overall.costs, gates
+        self.shape, self.costs, self.outside, self.gates = overall.shape, overall.costs, overall.outside, gates
         self.sums = {name: gate.sum(-1).tolist() if gate.ndim == 2 else gate.tolist() for name, gate in gates.items()}
         self.hidden = float(sum(self.sums.pop("hidden", [1.0] * self.shape.hidden_size)))
         self.layers = [self._layer(layer) for layer in range(self.shape.num_layers)]
-        self.left = sum(self.layers)
+        self.left = self._sum()
 
     def close(self, name: str, place: tuple[int, ...]) -> None:
         """Close a gate."""
@@ -190,7 +209,10 @@ class _Count:
             touched = range(place[0], place[0] + 1)
         for layer in touched:
             self.layers[layer] = self._layer(layer)
-        self.left = sum(self.layers)
+        self.left = self._sum()
+
+    def _sum(self) -> float:
+        return sum(self.layers) + self.outside[0] * self.hidden + self.outside[1]
 
     def _layer(self, layer: int) -> float:
         def units(name: str, size: int) -> float:

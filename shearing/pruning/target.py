@@ -7,7 +7,7 @@ from typing import Any
 
 from shearing.models.families import Family
 from shearing.models.family import head_size_is_quotient, shape_of
-from shearing.models.parameters import count_parameters, prunable_parameters
+from shearing.models.parameters import count_parameters, parameters_outside, prunable_parameters
 from shearing.models.shape import Shape, TargetShape
 from shearing.pruning.config import PruningConfig, PruningTarget
 
@@ -57,6 +57,8 @@ def target_shape(source: Shape, target: TargetShape) -> Shape:
 
 def target_parameters(config: Any, target: PruningTarget) -> int:
     """All parameters of the pruned model, from the source model's config; of an overall sparsity as many at most."""
+    if target.parameters is not None:
+        return target.parameters
     if target.sparsity is None:
         return count_parameters(config, target_shape(shape_of(config), target))
     return count_parameters(config) - math.ceil(prunable_parameters(config) * target.sparsity)
@@ -94,7 +96,7 @@ def gate_groups(source: Shape, target: Shape, groups: Iterable[str] | None = Non
 
 def pruning_groups(source: Shape, config: PruningConfig) -> dict[str, GroupSpec]:
     """The gate groups of a recipe's pruning section, with the layers that it forces to stay or go."""
-    if config.target.sparsity is None:
+    if not config.target.is_overall:
         groups = gate_groups(source, target_shape(source, config.target), config.gates.groups)
     else:
         groups = overall_groups(source, config.gates.groups)
@@ -142,7 +144,7 @@ def check_pruning(
         path: Where it stands in the recipe, for the messages.
         source_config: Of the source model; without it nothing is known of its rotary embedding.
     """
-    if config.target.sparsity is not None:
+    if config.target.is_overall:
         return _overall_problems(family, source, config, path, source_config)
     problems = check_target(family, source, config.target, config.gates.groups, path, config=source_config)
     stay = target_shape(source, config.target).num_layers
@@ -150,16 +152,17 @@ def check_pruning(
 
 
 def _overall_problems(family: Family, source: Shape, config: PruningConfig, path: str, source_config: Any) -> list[str]:
+    given = config.target.model_dump(exclude_none=True)
+    bound = "sparsity" if config.target.sparsity is not None else "parameters"
     problems = []
-    sizes = config.target.model_dump(exclude_none=True, exclude={"sparsity"})
-    if sizes:
+    if rest := [name for name in given if name != bound]:
         problems.append(
-            f"{path}.target has a sparsity and {_listed(sizes)}; allowed: sizes, or a sparsity in their place, for "
-            f"which sizes follow. Set {path}.target.sparsity=null or take the sizes out."
+            f"{path}.target has {bound} and {_listed(rest)}; allowed: sizes, or a sparsity or a number of parameters "
+            f"in their place, from which sizes follow. Set {path}.target.{bound}=null or take the rest out."
         )
     if config.method != "learned":
         problems.append(
-            f"{path}.method = {config.method} needs sizes to choose for, and {path}.target gives a sparsity, which "
+            f"{path}.method = {config.method} needs sizes to choose for, and {path}.target gives {bound} alone, which "
             f"only gates can spread over groups; allowed: learned. Set {path}.method=learned, or a shape as target."
         )
     possible = overall_groups(source, OVERALL_GROUPS)
@@ -171,10 +174,20 @@ def _overall_problems(family: Family, source: Shape, config: PruningConfig, path
     ]
     if head_size_is_quotient(family, source_config or {}):
         problems.append(
-            f"{path}.target.sparsity leaves layers with heads of their own number, and Hugging Face's "
+            f"{path}.target.{bound} leaves layers with heads of their own number, and Hugging Face's "
             f"{family.architecture} takes hidden size over heads for the head size; allowed for this family: a target "
-            f"shape. Set {path}.target.sparsity=null and sizes."
+            f"shape. Set {path}.target.{bound}=null and sizes."
         )
+    asked = config.target.parameters
+    if asked is not None and source_config is not None:
+        groups = config.gates.groups
+        least = parameters_outside(source_config, 1 if groups is None or "hidden" in groups else source.hidden_size)
+        whole = count_parameters(source_config)
+        if not least < asked < whole:
+            problems.append(
+                f"{path}.target.parameters = {asked:,}; the source has {whole:,} and no gates can go below {least:,}; "
+                f"allowed: between the two. Set {path}.target.parameters={(least + whole) // 2}."
+            )
     stay = source.num_layers - len(config.drop.layers)
     return problems + _layer_list_problems(source.num_layers, stay, config, path)
 

@@ -23,6 +23,7 @@ from shearing.training.engine import ADAM_MOMENTS, Engine, NamedState
 
 INDEX_NAME = "index.json"
 STATE_NAME = "state.json"
+LORA_KEY = "lora"  # of the state, where the weights are adapters: how they were put on
 FORMAT_VERSION = 1
 PART_BYTES = 2 * 2**30
 

@@ -10,10 +10,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from shearing.config import Config
-from shearing.data.manifest import load_manifest
-from shearing.data.mixing import MixState, plan_batch
-from shearing.data.parquet_source import ParquetSource
-from shearing.data.source import make_orders
+from shearing.data.calibration import calibration_tokens
 from shearing.models.directories import local_directory
 from shearing.models.family import family_of, shape_of
 from shearing.models.loading import load_model, read_config
@@ -91,9 +88,7 @@ def _scores(config: ChoosingConfig, groups: dict[str, GroupSpec]) -> Scores:
 
 def calibration_batches(config: ChoosingConfig) -> Iterator[np.ndarray]:
     """Token ids [N, T] of the calibration text: the prune split, all domains by their proportions."""
-    corpus, domains = open_store(config.corpus), list(config.proportions)
     sequences = config.pruning.calibration.sequences
-    draws, _ = plan_batch(MixState.start(domains), config.proportions, sequences, config.seed, step=0)
-    source = ParquetSource(corpus, make_orders(load_manifest(corpus), "prune", domains, config.seed))
-    for start in range(0, len(draws), config.batch_sequences):
-        yield source.fetch(draws[start : start + config.batch_sequences]).tokens_NT
+    tokens_NT = calibration_tokens(open_store(config.corpus), config.proportions, sequences, config.seed)
+    for start in range(0, len(tokens_NT), config.batch_sequences):
+        yield tokens_NT[start : start + config.batch_sequences]

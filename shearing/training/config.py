@@ -6,6 +6,8 @@ from pydantic import Field
 
 from shearing.config import Config
 
+AdaptedHalf = Literal["attention", "mlp"]
+
 
 class TrainingConfig(Config):
     """One phase of training: its length, batch, optimiser and schedule."""
@@ -57,10 +59,25 @@ class DistillationConfig(Config):
     )
 
 
+class LoraConfig(Config):
+    """Low-rank adapters trained in place of the weights (arXiv 2106.09685, by PEFT): W + alpha / rank * B A.
+
+    The defaults are SliceGPT's for recovery (arXiv 2401.15024, section 4).
+    """
+
+    rank: int = Field(32, ge=1)
+    alpha: int = Field(10, ge=1)
+    dropout: float = Field(0.05, ge=0, lt=1, description="Of the adapters' input, in training only")
+    targets: list[AdaptedHalf] = Field(["attention", "mlp"], min_length=1, description="All linears of these")
+    learning_rate: float = Field(2e-4, gt=0, description="Of the adapters, in place of recovery.learning_rate")
+    merge: bool = Field(True, description="Add the adapters to the weights at the end, or keep them as files beside")
+
+
 class RecoveryConfig(TrainingConfig):
-    """Continued pretraining of the pruned model."""
+    """Continued pretraining of the smaller model."""
 
     distillation: DistillationConfig | None = None
+    lora: LoraConfig | None = Field(None, description="Train adapters alone; default: every weight")
 
 
 class EngineConfig(Config):

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from shearing.config import Config
 from shearing.models.directories import local_directory, publish_directory
-from shearing.models.loading import read_config, read_generation_config, write_model_directory
+from shearing.models.loading import StoredTensors, read_config, read_generation_config, write_model_directory
 from shearing.models.parameters import count_parameters
 from shearing.pruning.config import PruningConfig
 from shearing.storage import Store, open_store
-from shearing.training.checkpoint import CheckpointReader
+from shearing.training.adapters import merged_tensors, write_adapters
+from shearing.training.checkpoint import LORA_KEY, CheckpointReader
+from shearing.training.config import LoraConfig
 from shearing.training.engine import DTYPES
 
 # Largest difference in mean loss, nats a token, between models that should be one function: the order of summation
@@ -62,12 +64,31 @@ class ExportConfig(Config):
 
 
 def export_model(config: ExportConfig) -> dict[str, Any]:
-    """Write a phase's last weights as a Hugging Face directory of the same shape as `source`. Returns its size."""
-    source = local_directory(config.source)
-    tensors = CheckpointTensors(CheckpointReader(open_store(config.checkpoint)), DTYPES[config.dtype])
-    model_config = read_config(source)
-    write_directory(open_store(config.destination), model_config, ((name, tensors[name]) for name in tensors), source)
-    return {"model": config.destination, "parameters": count_parameters(model_config)}
+    """Write a phase's last weights as a Hugging Face directory of the same shape as `source`. Returns its size.
+
+    Adapters are added to the weights of `source`, or lie beside them, as they were trained to.
+    """
+    source, destination = local_directory(config.source), open_store(config.destination)
+    reader, dtype = CheckpointReader(open_store(config.checkpoint)), DTYPES[config.dtype]
+    model_config, state = read_config(source), reader.state()
+    parameters = count_parameters(model_config)
+    lora = LoraConfig.model_validate(state[LORA_KEY]) if LORA_KEY in state else None
+    if lora is None:
+        tensors = CheckpointTensors(reader, dtype)
+        write_directory(destination, model_config, ((name, tensors[name]) for name in tensors), source)
+        return {"model": config.destination, "parameters": parameters}
+    adapters = dict(CheckpointTensors(reader, torch.float32))
+    if lora.merge:
+        write_directory(destination, model_config, merged_tensors(StoredTensors(source), adapters, lora, dtype), source)
+        return {"model": config.destination, "parameters": parameters}
+    with tempfile.TemporaryDirectory() as folder:
+        rounded = {name: tensor.to(dtype) for name, tensor in adapters.items()}
+        write_adapters(Path(folder), source, model_config, rounded, lora)
+        publish_directory(Path(folder), destination)
+    return {
+        "model": config.destination,
+        "parameters": parameters + sum(tensor.numel() for tensor in adapters.values()),
+    }
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from shearing.data.mixing import MixState, epoch_starts
 from shearing.data.mixture import MixtureState
 from shearing.evaluation.losses import LossSums, domain_loss_sums
 from shearing.training.batches import Batch, BatchStream
-from shearing.training.config import TrainingConfig
+from shearing.training.config import LoraConfig, TrainingConfig
 from shearing.training.consumed import ConsumedSequences
 from shearing.training.distillation import Teacher
 from shearing.training.engine import Engine
@@ -100,11 +100,12 @@ class Trainer:
         micro_batch_sequences: int = 1,
         loss_from: LossFrom = "eval",
         teacher: Teacher | None = None,
+        lora: LoraConfig | None = None,
     ) -> None:
         self.config, self.engine, self.stream, self.mixture = config, engine, stream, mixture
         self.held_out, self.references = held_out, references
         self.state, self.watchdog, self.learner, self.teacher = state, watchdog, learner, teacher
-        self.micro_batch_sequences = micro_batch_sequences
+        self.lora, self.micro_batch_sequences = lora, micro_batch_sequences
         self.loss_from = loss_from
         self.update_every_steps = config.evaluate_every_steps
         if loss_from == "train":

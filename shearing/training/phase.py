@@ -27,12 +27,14 @@ from shearing.pruning.gates import gates_for
 from shearing.pruning.lagrangian import ExtraSteps, Lagrangian
 from shearing.pruning.masks import attach_gates
 from shearing.storage import open_store
+from shearing.training.adapters import add_adapters
 from shearing.training.batches import BatchStream
-from shearing.training.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
+from shearing.training.checkpoint import LORA_KEY, CheckpointReader, load_checkpoint, save_checkpoint
 from shearing.training.config import (
     DistillationConfig,
     EngineConfig,
     EvaluationConfig,
+    LoraConfig,
     TrainingConfig,
     WatchdogConfig,
 )
@@ -41,6 +43,7 @@ from shearing.training.engine import DTYPES, Engine, deepspeed_config, partition
 from shearing.training.loop import MixtureClient, Trainer, TrainState
 from shearing.training.mask_learning import MaskLearner
 from shearing.training.watchdog import Watchdog
+from shearing.training.zeros import keep_zeros
 
 PhaseName = Literal["source", "pruning", "recovery", "scratch"]
 
@@ -63,6 +66,8 @@ class PhaseConfig(Config):
     watchdog: WatchdogConfig = WatchdogConfig()
     seed: int
     distillation: DistillationConfig | None = None
+    lora: LoraConfig | None = None
+    keep_zeros: bool = False
 
     @property
     def pruning(self) -> PruningConfig | None:
@@ -101,6 +106,10 @@ def build_trainer(phase: PhaseConfig, place: Place, source: SequenceSource, mixt
         model = new_model(read_config(folder), dtype, phase.seed)
     else:
         model = load_model(folder, dtype, phase.trust_remote_code)
+    if phase.lora is not None:
+        add_adapters(model, phase.lora, phase.seed)
+    if phase.keep_zeros:
+        keep_zeros(model)
     if phase.engine.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     learner = _mask_learner(phase, model, place)
@@ -126,6 +135,7 @@ def build_trainer(phase: PhaseConfig, place: Place, source: SequenceSource, mixt
         micro_batch_sequences=phase.engine.micro_batch_sequences,
         loss_from=phase.mixture.loss_from,
         teacher=teacher,
+        lora=phase.lora,
     )
 
 
@@ -167,6 +177,8 @@ def save(trainer: Trainer, folder: Path) -> None:
     if trainer.learner:
         arrays["gates"] = trainer.learner.tensors()
     state = trainer.state.to_json() | {"watchdog": trainer.watchdog.to_json()}
+    if trainer.lora is not None:
+        state[LORA_KEY] = trainer.lora.model_dump(mode="json")
     save_checkpoint(trainer.engine, folder, state, arrays)
 
 

@@ -60,7 +60,7 @@ def extract_model(config: ExportConfig) -> dict[str, Any]:
     del masked
 
     family = family_of(model_config)
-    if config.pruning.target.sparsity is None:
+    if not config.pruning.target.is_overall:
         new_config, weights = extract(model_config, family, tensors, exact, target)
         kept = kept_units(exact, shape, target)
     else:

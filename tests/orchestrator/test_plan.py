@@ -87,6 +87,31 @@ def test_a_teacher_stands_whole_on_every_worker(tmp_path):
     assert 0 < other < memory["recovery"].teacher
 
 
+def test_only_adapters_have_gradients_and_moments(tmp_path):
+    """Counted as full training, a recovery that fits one card is planned for four."""
+    whole, adapted = (
+        plan(tiny_recipe(tmp_path, "engine.zero_stage=2", *overrides)).phases[1]
+        for overrides in ((), ("recovery.lora={rank: 8, targets: [mlp]}",))
+    )
+    parameters = plan(tiny_recipe(tmp_path)).models[1].parameters
+    adapters = 3 * 3 * 8 * (48 + 128)  # layers, linears, rank, rows and columns
+    assert whole.checkpoint_bytes == 12 * parameters
+    assert adapted.checkpoint_bytes == 12 * adapters
+    assert adapted.memory.weights == 4 * (parameters + adapters)
+    assert adapted.memory.gradients == 4 * adapters / 2
+    assert adapted.memory.optimizer == 12 * adapters / 2
+    assert adapted.memory.activations == whole.memory.activations
+
+
+def test_adapters_are_said_in_words(tmp_path):
+    lora = "recovery.lora={rank: 8, merge: false}"
+    expected = (
+        "rank 8, alpha 10, dropout 0.05 on every linear of attention and mlp; learning rate 0.0002; kept as files"
+    )
+    assert expected in render_plan(plan(tiny_recipe(tmp_path, lora)))
+    assert "LoRA          none: continued pretraining trains every weight" in render_plan(plan(tiny_recipe(tmp_path)))
+
+
 def test_mixture_and_distillation_are_said_in_words(tmp_path):
     overrides = ("mixture.rule=dro", "mixture.loss_from=train", "mixture.floor=0.02", "recovery.distillation={}")
     text = render_plan(plan(tiny_recipe(tmp_path, *overrides)))

@@ -48,7 +48,7 @@ BAD = [
     (["mixture.cap=0.7"], "proportion = 0.75 lies outside"),
     (["recovery.update_mixture_every_steps=5"], "Set mixture.loss_from=train, or recovery.update_mixture_every_steps"),
     (["mixture.rule=nowhere.rules:best"], "there is no module nowhere.rules"),
-    (["mixture.rule=orchestrator.run:stages"], "run.py has no stages; it defines: CORPUS"),
+    (["mixture.rule=orchestrator.run:stages"], "run.py has no stages; it defines: ASKED_BY, CORPUS"),
     (["mixture.on_exhausted=stop", "recovery.steps=1000000"], "would run out in recovery"),
     (["workspace=nope://x/y"], "workspace = 'nope://x/y' cannot be opened"),
     (["corpus.split.eval=0.00001"], "in its eval split (an estimate from file sizes)"),
@@ -56,11 +56,13 @@ BAD = [
     (["pruning.keep.layers=[0, 4]"], "pruning.keep.layers names 4, which a source with 4 layers does not have"),
     (["pruning.keep.layers=[0]", "pruning.drop.layers=[-4]"], "both name layers 0"),
     (["pruning.drop.layers=[1, 2]"], "forces 2 layers to go, but the target keeps 3 of 4"),
-    (["pruning.target.sparsity=0.5"], "pruning.target has a sparsity and num_layers, hidden_size"),
+    (["pruning.target.sparsity=0.5"], "pruning.target has sparsity and num_layers, hidden_size"),
+    (["pruning.target={parameters: 9000000}"], "pruning.target.parameters = 9,000,000; the source has"),
     (["pruning.target={sparsity: 0.5}", "pruning.method=random"], "which only gates can spread over groups"),
     (["pruning.target={sparsity: 0.5}", "pruning.gates.groups=[head, layer]"], "'layer', which has no part in an"),
     (["pruning.gates.groups=[layer, hidden, head, intermediate, mlp_layer]"], "has 'mlp_layer', which a source"),
     (["pruning.target={sparsity: 0.5}", "pruning.keep.layers=[7]"], "pruning.keep.layers names 7"),
+    (["recovery.lora.rank=49"], "allowed: 1 to 48. Set recovery.lora.rank=48"),
     (["pruning.method=activation", "corpus.split.prune=0.00001"], "takes its calibration text from"),
 ]  # fmt: skip
 

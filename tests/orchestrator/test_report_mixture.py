@@ -98,6 +98,16 @@ def test_rule_and_teacher_in_words(tmp_path):
     assert "went from 0.998 to 0.200 nats a token" in page
 
 
+def test_adapters_in_words(tmp_path):
+    """A reader who takes a LoRA recovery for full training compares what cannot be compared."""
+    store = write_example(tmp_path)
+    assert "lora" not in [found["key"] for found in judged(store)["verdict"]["facts"]]
+    with_recipe(store, recovery={"steps": 400, "lora": {"rank": 16, "targets": ["mlp"]}})
+    _page(store)
+    assert fact(judged(store), "lora")["value"].startswith("rank 16, alpha 10, dropout 0.05 on every linear of mlp;")
+    assert "added to the weights at the end" in store.read_bytes("report/report.md").decode()
+
+
 def _page(store):
     build_report(store)
     return store.read_bytes("report/index.html").decode()

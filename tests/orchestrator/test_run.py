@@ -4,6 +4,7 @@ import pytest
 from recipes_for_tests import tiny_recipe
 
 from orchestrator import run
+from orchestrator.comparison_stages import COMPARISON_STAGES
 from orchestrator.console import Console
 from orchestrator.ray_session import RaySession
 from orchestrator.run import run_recipe, stages_of
@@ -119,8 +120,8 @@ def test_scratch_is_a_stage_only_where_asked(tmp_path):
 
 def test_every_key_is_free_or_under_some_stage(tmp_path):
     """A key that no stage rests on could change under a finished run without anything noticing."""
-    recipe = tiny_recipe(tmp_path, "scratch={learning_rate: 1e-3}")
-    covered = {key for stage in stages_of(recipe) for key in stage.recipe_inputs(recipe)}
+    recipe = tiny_recipe(tmp_path, "scratch={learning_rate: 1e-3}", "comparison={methods: [learned]}")
+    covered = {key for stage in [*stages_of(recipe), *COMPARISON_STAGES] for key in stage.recipe_inputs(recipe)}
     neither = {key for key, _ in flat_keys(recipe) if key not in covered and not is_free(key)}
     assert neither == {"workspace"}
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from shearing.evaluation import losses
-from shearing.evaluation.losses import domain_loss_sums, mean_losses
+from shearing.evaluation.losses import domain_loss_sums, mean_losses, sequence_losses
 
 GOLDEN = Path(__file__).parents[3] / "../shared/golden"
 VOCABULARY = 53
@@ -54,6 +54,15 @@ def test_equals_hugging_faces_own_loss(model, sequences):
     assert {domain: tokens for domain, (_, tokens) in sums.items()} == {"wiki": 55, "code": 33, "law": 8}
     for domain, loss in mean_losses(sums).items():
         assert loss == pytest.approx(hf_loss(model, sequences[domain]), abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_sequences", [1, 2, 5])
+def test_each_sequence_has_its_own_loss(model, sequences, batch_sequences):
+    """Sequences out of order, a loss of a batch given to each of its sequences."""
+    found = sequence_losses(model, sequences, batch_sequences, "cpu")
+    for domain, tokens_NT in sequences.items():
+        alone = [hf_loss(model, tokens_NT[n : n + 1]) for n in range(len(tokens_NT))]
+        assert found[domain] == pytest.approx(alone, abs=1e-5)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 11])

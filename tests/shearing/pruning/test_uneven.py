@@ -36,6 +36,23 @@ def cut(model, z):
     return config, dict(tensors), kept
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("variant", CAN)
+def test_a_bound_on_all_parameters_holds_for_the_result(variant, tied):
+    # catches embeddings that are left out or counted twice, positions, biases of norms, and a bound that is overstepped
+    model = tiny_model(variant, MULTI_HEAD, tied)
+    whole = count_parameters(model.config)
+    asked = int(0.6 * whole)
+    pruning = PruningConfig(steps=1, global_batch_tokens=1, target={"parameters": asked})
+    gates = gates_for(model.config.to_dict(), pruning, seed=1)
+    config, _, _ = cut(model, gates.deterministic(exact=True))
+    assert asked * 0.97 < count_parameters(config) <= asked
+    narrow = {"hidden": (torch.arange(MULTI_HEAD.hidden_size) < 17).double()}
+    expected = count_parameters(model.config, MULTI_HEAD.model_copy(update={"hidden_size": 17}))
+    assert int(gates.overall.count(narrow)) == expected
+    assert int(gates.overall.count({})) == whole
+
+
 @pytest.mark.parametrize("shape", [MULTI_HEAD, GROUPED], ids=["multi_head", "grouped"])
 @pytest.mark.parametrize("variant", CAN)
 class TestContract:

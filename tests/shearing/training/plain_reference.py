@@ -3,6 +3,7 @@
 import math
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -69,6 +70,15 @@ def plain_divergence(teacher_NTV, student_NTV, temperature):
     return (p * (p.log() - q.log())).sum(-1).mean()
 
 
+def plain_adapters(model, phase):
+    """A llama as PEFT wraps it, by PEFT's own front door."""
+    torch.manual_seed(phase.seed)
+    halves = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
+    targets, lora = [name for half in phase.lora.targets for name in halves[half]], phase.lora
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    return get_peft_model(model, config)
+
+
 def plain_run(phase, noise_ranks=(None,)):
     """Losses, norms and end of a phase with constant proportions.
 
@@ -81,7 +91,8 @@ def plain_run(phase, noise_ranks=(None,)):
     manifest = load_manifest(store)
     source = ParquetSource(store, make_orders(manifest, phase.split, list(phase.proportions), phase.seed))
     model = AutoModelForCausalLM.from_pretrained(phase.model, dtype=torch.float32).train()
-    weights = list(model.parameters())
+    model = plain_adapters(model, phase) if phase.lora else model
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1.0, betas=training.betas, weight_decay=training.weight_decay)
     gates = PlainGates(phase, model) if phase.pruning else None
     taught = phase.distillation
@@ -92,6 +103,7 @@ def plain_run(phase, noise_ranks=(None,)):
         draws, mix = plan_batch(mix, phase.proportions, sequences, phase.seed, step)
         tokens_NT = torch.from_numpy(source.fetch(draws).tokens_NT.astype("int64"))
         row = {"loss": 0.0}
+        torch.manual_seed(phase.seed * 1_000_003 + step * 4099)  # rank 0's dropout
         for number, noise_rank in enumerate(noise_ranks):
             if gates:
                 sample = gates.gates.sample(gates.gates.noise(phase.seed, step, noise_rank))
