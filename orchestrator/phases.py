@@ -40,6 +40,7 @@ def phase_config(
         watchdog=recipe.watchdog,
         seed=recipe.seed,
         distillation=distillation,
+        trackers=recipe.trackers,
     )
 
 

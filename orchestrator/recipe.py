@@ -6,7 +6,14 @@ from shearing.config import Config
 from shearing.data.config import CorpusConfig, MixtureConfig, ReferencesConfig, TrainedTokenizerConfig
 from shearing.models.shape import Shape
 from shearing.pruning.config import PruningConfig
-from shearing.training.config import EngineConfig, EvaluationConfig, RecoveryConfig, TrainingConfig, WatchdogConfig
+from shearing.training.config import (
+    EngineConfig,
+    EvaluationConfig,
+    RecoveryConfig,
+    TrackerName,
+    TrainingConfig,
+    WatchdogConfig,
+)
 
 
 class SourceTrainingConfig(TrainingConfig):
@@ -55,3 +62,4 @@ class Recipe(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     scores: ScoresConfig = ScoresConfig()
+    trackers: tuple[TrackerName, ...] = Field((), description="Where training is shown besides Ray's metrics")
