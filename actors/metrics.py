@@ -38,7 +38,7 @@ METRICS = (
     Metric("shear_restarts", "restarts", (), "How often the phase went on from a checkpoint"),
     Metric("shear_last_row_unix_seconds", "s", (), "When the workers last reported anything"),
     Metric("shear_checkpoint_step", "steps", (), "Step of the newest checkpoint"),
-    Metric("shear_checkpoint_unix_seconds", "s", (), "When it was on storage; its age is `time()` less this"),
+    Metric("shear_checkpoint_unix_seconds", "s", (), "Its time; before the first, when the workers began"),
     Metric("shear_training_loss_nats_per_token", "nats/token", (), "Cross-entropy of the last batch"),
     Metric("shear_divergence_nats_per_token", "nats/token", (), "KL from the teacher, in distillation"),
     Metric("shear_not_finite_losses", "losses", (), "Of the last batch and evaluation, how many are no number"),
@@ -108,6 +108,9 @@ class Figures:
         yield "planned_steps", row["planned_steps"]
         yield "step", row["step"]
         yield self._restarts(0)
+        if ("shear_checkpoint_step", ()) not in self.values:
+            yield "checkpoint_step", row["step"]
+            yield "checkpoint_unix_seconds", row["time"]
 
     def _restarts(self, more: int) -> tuple[str, float]:
         return "restarts", self.values.get(("shear_restarts", ()), 0.0) + more
