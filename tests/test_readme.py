@@ -42,6 +42,7 @@ COVERED = {
     "python pipelines/score_model.py runs/quickstart/model "
     "pipelines/recipes/quickstart.yaml": f"{HERE}::test_corpus_and_scores",
     "python pipelines/fit_reference_losses.py losses.yaml --parameters 1345423360": f"{HERE}::test_reference_losses",
+    "python pipelines/show_run.py runs/quickstart": "tests/pipelines/test_show_run.py::test_shows_once",
     "python benchmarks/NAME.py": "tests/test_benchmarks.py",
     "python benchmarks/study/study.py": "tests/test_study.py::test_the_whole_study_at_its_smallest",
 }

@@ -74,6 +74,9 @@ def test_secure_as_they_say(name):
     policies = [each["spec"] for each in documents(name) if each["kind"] == "NetworkPolicy"]
     (policy,) = policies
     assert all(rule["from"] for rule in policy["ingress"])
+    jobs = [peer["podSelector"]["matchLabels"].get("batch.kubernetes.io/job-name")
+            for rule in policy["ingress"] for peer in rule["from"] if "podSelector" in peer]  # fmt: skip
+    assert documents("rayjob.yaml")[-1]["metadata"]["name"] in jobs, "who submits the run could not reach the head"
     for pod in pods_of(name):
         assert pod["spec"]["securityContext"]["runAsNonRoot"]
         assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()

@@ -36,7 +36,7 @@ def test_shellcheck_has_nothing_to_say():
     ("words", "status"), [(["--plan"], 0), (["pruning.stepps=3"], 2)], ids=["plan", "wrong recipe"]
 )
 def test_brings_a_cluster_up_and_down_around_the_run(tmp_path, words, status):
-    """A head that is never found, nodes that nobody waits for, a status that is lost, processes and tokens left over."""
+    """A head never found, nodes that nobody waits for, a lost status, processes and tokens left over."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho one\necho two\n")):

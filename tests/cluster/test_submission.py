@@ -11,7 +11,7 @@ from ray._private.runtime_env.packaging import create_package
 
 ROOT = Path(__file__).parents[2]
 JUNK = (
-    ".git/objects/ab", ".venv/lib/python3.11/site.py", "runs/x/model/model.safetensors", "runs/x/metrics/recovery.jsonl",
+    ".git/objects/ab", ".venv/lib/site.py", "runs/x/model/model.safetensors", "runs/x/metrics/recovery.jsonl",
     "corpora/f/cc/train/0.parquet", "data/wiki/a.jsonl.zst", "models/llama/config.json", "big/model.safetensors",
     "notes/huge.jsonl", "checkpoints/step/a.pt", "shearing/__pycache__/config.cpython-311.pyc", ".mypy_cache/x.json",
     ".pytest_cache/x", "wandb/run/x", "tests/x.py", "shear.egg-info/PKG-INFO",
