@@ -6,6 +6,9 @@ from typing import Any
 import ray
 
 from actors.tasks import task_result
+from shearing.evaluation import harness, text_perplexity
+from shearing.evaluation.config import TasksConfig, TextConfig
+from shearing.evaluation.inference import Inference
 from shearing.evaluation.scoring import ScoreProtocol, compare_speeds, score
 
 
@@ -33,12 +36,27 @@ def score_models(
     return {"models": models, "protocol": protocol.describe()}
 
 
-def _task(function: Any, cpus: float, gpus: float) -> Any:
+def score_tasks(
+    model_dir: str, config: TasksConfig, inference: Inference, *, offline: bool, cpus: float = 1, gpus: float = 0
+) -> dict[str, Any]:
+    """What `harness.score_tasks` finds; `offline`: data sets may come from local files and caches alone."""
+    task = _task(harness.score_tasks, cpus, gpus, HF_HUB_OFFLINE=str(int(offline)))
+    return task_result(task.remote(model_dir, config, inference))
+
+
+def score_text(
+    model_dir: str, config: TextConfig, inference: Inference, cpus: float = 1, gpus: float = 0
+) -> dict[str, Any]:
+    """What `text_perplexity.score_text` finds."""
+    return task_result(_task(text_perplexity.score_text, cpus, gpus).remote(model_dir, config, inference))
+
+
+def _task(function: Any, cpus: float, gpus: float, **more: str) -> Any:
     environment = {
         "SHEAR_FRESH_PROCESS": uuid.uuid4().hex,  # no worker was ever started with it, so a new one is
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-    }
+    } | more
     return ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=2, runtime_env={"env_vars": environment})(
         function
     )

@@ -1,15 +1,23 @@
-"""Score one model on the held-out text of a recipe: loss and perplexity per domain, size, memory and speed.
+"""Score one model: loss and perplexity on a recipe's held-out text, tasks, perplexity on a given text, size and speed.
 
     python pipelines/score_model.py MODEL_DIR RECIPE.yaml [key.sub=value ...] [--json] [--verbose]
+        [--tasks NAME,NAME,... [--fewshot N] [--limit N] [--task-files DIR]]
+        [--text FILE [--window N] [--stride N] [--bos yes|no]]
 
-The corpus has to be prepared, by pipelines/prepare_corpus.py or by a run. Perplexity is exp(mean next-token loss) over
-whole stored sequences, side by side without overlap; nothing is put before a sequence, and its first token is read and
-not predicted.
+With neither --tasks nor --text: loss and perplexity per domain, size, memory and speed. The corpus has to be
+prepared, by pipelines/prepare_corpus.py or by a run. Perplexity is exp(mean next-token loss) over whole stored
+sequences, side by side without overlap; nothing is put before a sequence, and its first token is read and not
+predicted.
+
+--tasks: these, by the LM evaluation harness (`pip install 'lm-eval==0.4.13'`). --text: perplexity on this one file, as
+papers give it for WikiText-2. Either needs no corpus; the recipe says on how many CPUs or GPUs and in which type.
 """
 
 import argparse
 import json
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from orchestrator.console import Console
@@ -17,29 +25,130 @@ from orchestrator.prepared_corpus import find_prepared_corpus
 from orchestrator.ray_session import RaySession
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_loading import load_recipe
-from orchestrator.report_text import byte_size, nats, perplexity, whole
+from orchestrator.report_text import ABSENT, byte_size, nats, perplexity, whole
 from shearing.errors import UserError
+from shearing.evaluation.config import TasksConfig, TextConfig
 from shearing.models.family import vocabulary_of
 from shearing.storage import open_store
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line to options. Exits with status 2 for a wrong one."""
-    parser = argparse.ArgumentParser(description="Loss, perplexity, size and speed of a Hugging Face directory.")
+    parser = argparse.ArgumentParser(description="Loss, perplexity, tasks, size and speed of a Hugging Face directory.")
     parser.add_argument("model", metavar="MODEL_DIR", help="Hugging Face directory, a path or a URI")
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="names the corpus and how scores are taken")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values laid over the recipe")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     parser.add_argument("--verbose", action="store_true", help="show what Ray says too")
+    tasks = parser.add_argument_group("tasks of the LM evaluation harness")
+    tasks.add_argument("--tasks", type=names, metavar="NAME,NAME,...", help="tasks, groups or tags")
+    tasks.add_argument("--fewshot", type=at_least(0), metavar="N", help="examples; default as each task says")
+    tasks.add_argument("--limit", type=at_least(1), metavar="N", help="first questions of each task; default all")
+    tasks.add_argument("--task-files", metavar="DIR", help="folder of task files, whose data paths are relative to it")
+    text = parser.add_argument_group("perplexity on a text")
+    text.add_argument("--text", metavar="FILE", help="UTF-8, a path or a URI; tokenised whole")
+    text.add_argument("--window", type=at_least(2), metavar="N", help="positions; default the model's, 2048 at most")
+    text.add_argument("--stride", type=at_least(1), metavar="N", help="tokens between windows; default side by side")
+    text.add_argument("--bos", choices=("yes", "no"), help="whether begin-of-text opens each window; default no")
     return parser.parse_intermixed_args(arguments)
 
 
+def at_least(least: int) -> Any:
+    """A whole number no smaller than this, for argparse."""
+
+    def number(value: str) -> int:
+        if not value.isdecimal() or int(value) < least:
+            raise argparse.ArgumentTypeError(f"{value!r} is given; a whole number from {least} on is needed")
+        return int(value)
+
+    return number
+
+
+def names(value: str) -> list[str]:
+    """Names between commas, for argparse."""
+    found = [name.strip() for name in value.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("no name is given; name tasks as in --tasks piqa,arc_easy")
+    return found
+
+
+def asked_for(options: argparse.Namespace) -> tuple[TasksConfig | None, TextConfig | None]:
+    """What of tasks and text the options ask for. Raises UserError where an option belongs to neither."""
+    problems = [
+        f"--{name.replace('_', '-')} says something about --{group}, which is not given; give --{group} too"
+        for group, members in (("tasks", ("fewshot", "limit", "task_files")), ("text", ("window", "stride", "bos")))
+        for name in members
+        if getattr(options, group) is None and getattr(options, name) is not None
+    ]
+    if problems:
+        raise UserError(problems)
+    tasks = text = None
+    if options.tasks is not None:
+        files = None if options.task_files is None else str(Path(options.task_files).absolute())
+        tasks = TasksConfig(names=options.tasks, fewshot=options.fewshot, limit=options.limit, files=files)
+    if options.text is not None:
+        file, bos = open_store(options.text).uri, options.bos == "yes"
+        text = TextConfig(file=file, window_tokens=options.window, stride_tokens=options.stride, bos=bos)
+    return tasks, text
+
+
+def inference_of(recipe: Recipe) -> dict[str, Any]:
+    """How models are run by a recipe."""
+    engine = recipe.engine
+    return {
+        "batch_sequences": engine.micro_batch_sequences,
+        "dtype": engine.dtype,
+        "device": "cuda" if engine.gpus_per_worker else "cpu",
+        "threads": max(1, int(engine.cpus_per_worker)),
+        "trust_remote_code": recipe.source.trust_remote_code,
+    }
+
+
 def score(options: argparse.Namespace, recipe: Recipe, console: Console) -> dict[str, Any]:
-    """Scores and protocol. Raises UserError for what a user has to change, before Ray starts where it can."""
+    """What is asked for. Raises UserError for what a user has to change, before Ray starts where it can."""
+    tasks, text = asked_for(options)
+    if tasks is None and text is None:
+        return score_held_out(options, recipe, console)
+    folder, problems, found = open_store(options.model), [], {"model": options.model}
+    if not folder.exists("config.json"):
+        raise UserError(no_model(options.model))
+    offline = os.environ["HF_HUB_OFFLINE"] != "0" if "HF_HUB_OFFLINE" in os.environ else options.task_files is not None
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from shearing.evaluation.harness import check_tasks
+    from shearing.evaluation.inference import Inference
+    from shearing.evaluation.text_perplexity import plan_windows
+
+    inference = Inference(**inference_of(recipe))
+    for check in (lambda: tasks and check_tasks(tasks), lambda: text and plan_windows(text, folder.uri, inference)):
+        try:
+            check()
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    resources = {"cpus": recipe.engine.cpus_per_worker, "gpus": min(1.0, recipe.engine.gpus_per_worker)}
+    with RaySession(recipe, verbose=options.verbose) as session:
+        session.start(console)
+        from actors.scoring import score_tasks, score_text
+
+        if tasks is not None:
+            found |= {"tasks": score_tasks(folder.uri, tasks, inference, offline=offline, **resources)}
+        if text is not None:
+            found |= {"text": score_text(folder.uri, text, inference, **resources)}
+    return found
+
+
+def no_model(model: str) -> str:
+    """The message about a folder that is no model."""
+    return f"{model} holds no config.json; name a Hugging Face model directory"
+
+
+def score_held_out(options: argparse.Namespace, recipe: Recipe, console: Console) -> dict[str, Any]:
+    """Scores and protocol on the recipe's corpus. Raises UserError, before Ray starts where it can."""
     folder = open_store(options.model)
     problems = []
     if not folder.exists("config.json"):
-        problems.append(f"{options.model} holds no config.json; name a Hugging Face model directory")
+        problems.append(no_model(options.model))
     try:
         corpus, manifest = find_prepared_corpus(recipe, options.recipe)
     except UserError as error:
@@ -58,12 +167,8 @@ def score(options: argparse.Namespace, recipe: Recipe, console: Console) -> dict
         protocol = ScoreProtocol(
             corpus_uri=corpus.uri,
             sequences_per_domain=recipe.evaluation.sequences_per_domain,
-            batch_sequences=engine.micro_batch_sequences,
             load=Load(scores.prompt_tokens, scores.decode_tokens, scores.batch_sequences),
-            dtype=engine.dtype,
-            device="cuda" if engine.gpus_per_worker else "cpu",
-            threads=max(1, int(engine.cpus_per_worker)),
-            trust_remote_code=recipe.source.trust_remote_code,
+            **inference_of(recipe),
         )
         gpus = min(1.0, engine.gpus_per_worker)
         found = score_models({"model": folder.uri}, protocol, ("model",), cpus=engine.cpus_per_worker, gpus=gpus)
@@ -76,6 +181,55 @@ def score(options: argparse.Namespace, recipe: Recipe, console: Console) -> dict
 
 
 def table(found: dict[str, Any]) -> str:
+    """Whatever was found as text, with the protocol that it holds for."""
+    parts = [make(found[part]) for part, make in (("tasks", tasks_table), ("text", text_table)) if part in found]
+    return "\n\n".join([found["model"], *parts]) if parts else held_out_table(found)
+
+
+def tasks_table(found: dict[str, Any]) -> str:
+    """Metrics of each task with standard errors, versions and numbers of examples."""
+    width = max(len("task"), *map(len, found["tasks"]))
+    head = f"{'task':{width}}  {'version':>7}  {'examples':>8}  {'questions':>9}  {'metric':24}  {'value':>7}"
+    lines = [f"{head}  {'stderr':>7}"]
+    for name, task in found["tasks"].items():
+        for metric, figures in task["metrics"].items():
+            stated = [ABSENT if task[key] is None else task[key] for key in ("version", "fewshot", "questions")]
+            stderr = ABSENT if figures["stderr"] is None else f"{figures['stderr']:.4f}"
+            value = f"{figures['value']:.4f}" if isinstance(figures["value"], float) else str(figures["value"])
+            lines.append(
+                f"{name:{width}}  {stated[0]:>7}  {stated[1]:>8}  {stated[2]:>9}  {metric:24}  {value:>7}  {stderr:>7}"
+            )
+    protocol = found["protocol"]
+    limit = "all questions" if protocol["limit"] is None else f"the first {protocol['limit']} questions of each task"
+    opening = "nothing" if not protocol["opening_token_ids"] else f"tokens {protocol['opening_token_ids']}"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{protocol['harness']}, {limit}; standard error {protocol['stderr']}.",
+            f"The tokenizer puts {opening} before a question; beyond {whole(protocol['most_tokens'])} tokens it is cut "
+            f"from the left. {protocol['dtype']} on {protocol['device']}.",
+        ]
+    )
+
+
+def text_table(found: dict[str, Any]) -> str:
+    """Loss and perplexity on one text."""
+    protocol = found["protocol"]
+    return "\n".join(
+        [
+            f"{protocol['file']}: loss {nats(found['loss'])}, perplexity {found['perplexity']:.4f}",
+            "",
+            f"Perplexity: {protocol['perplexity']}: {whole(protocol['predicted_tokens'])} of "
+            f"{whole(protocol['text_tokens'])} tokens in {whole(protocol['windows'])} windows.",
+            f"Windows: {protocol['window_rule']}.",
+            f"Beginning: {protocol['bos_rule']}.",
+            f"{protocol['dtype']} on {protocol['device']}; SHA-256 of the text {protocol['sha256']}.",
+        ]
+    )
+
+
+def held_out_table(found: dict[str, Any]) -> str:
     """Scores as text, with the protocol that they hold for."""
     scores, protocol = found["scores"], found["protocol"]
     width = max(len("domain"), *map(len, scores["losses"]))

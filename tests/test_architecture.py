@@ -24,7 +24,8 @@ LIGHT = (
     "shearing/models/families.py", "shearing/models/family.py", "shearing/models/parameters.py",
     "shearing/pruning/target.py", "shearing/data/manifest.py", "shearing/data/mixture.py",
     "shearing/data/mixture_rules.py", "shearing/data/rule_by_path.py", "shearing/data/config.py",
-    "shearing/pruning/config.py",
+    "shearing/pruning/config.py", "shearing/pruning/slicing/config.py", "shearing/pruning/slicing/plan.py",
+    "shearing/pruning/sparsity/config.py", "shearing/evaluation/config.py",
     "shearing/training/config.py",
 )  # fmt: skip
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "matplotlib", "lm_eval"}
@@ -111,8 +112,9 @@ def test_each_heavy_library_has_its_place(path):
         assert "deepspeed" not in used
     if not name.startswith("orchestrator/report"):
         assert not used & {"matplotlib", "jinja2"}
-    if not name.startswith("shearing/evaluation/"):
+    if name != "shearing/evaluation/harness.py":
         assert "lm_eval" not in used
+    assert "lm_eval" not in tops(path, only_on_loading=True), "it may not be installed"
 
 
 def module_file(name):

@@ -41,6 +41,12 @@ COVERED = {
     "python pipelines/prepare_corpus.py pipelines/recipes/quickstart.yaml": f"{HERE}::test_corpus_and_scores",
     "python pipelines/score_model.py runs/quickstart/model "
     "pipelines/recipes/quickstart.yaml": f"{HERE}::test_corpus_and_scores",
+    "pip install 'lm-eval==0.4.13'": "tests/shearing/evaluation/test_harness.py::"
+    "test_the_command_installs_what_is_tested",
+    "python pipelines/score_model.py runs/quickstart/model pipelines/recipes/quickstart.yaml "
+    "--tasks piqa,arc_easy --limit 200": f"{HERE}::test_corpus_and_scores",
+    "python pipelines/score_model.py runs/quickstart/model pipelines/recipes/quickstart.yaml "
+    "--text wiki.test.txt --bos yes": f"{HERE}::test_corpus_and_scores",
     "python pipelines/fit_reference_losses.py losses.yaml --parameters 1345423360": f"{HERE}::test_reference_losses",
     "python pipelines/show_run.py runs/quickstart": "tests/pipelines/test_show_run.py::test_shows_once",
     "python benchmarks/NAME.py": "tests/test_benchmarks.py",
@@ -138,7 +144,7 @@ def test_reference_losses(tmp_path):
 
 
 def test_corpus_and_scores(tmp_path):
-    """The two commands one after the other, on less text, and the second word for word on what the first left."""
+    """The commands one after the other: less text for the first; scores word for word on what it left."""
     import torch
 
     from shearing.models.family import llama_config
@@ -160,12 +166,36 @@ def test_corpus_and_scores(tmp_path):
     write_model_directory(
         folder, config, model_tensors(new_model(config)), tokenizer_folder=manifest.parent / "tokenizer"
     )
-    scored = run(documented("python pipelines/score_model.py"), tmp_path)
+    held_out, tasks, text = sorted(c for c in commands() if c.startswith("python pipelines/score_model.py"))
+    scored = run(held_out, tmp_path)
     assert scored.returncode == 0, scored.stderr
     losses = {line.split()[0]: line.split()[1] for line in scored.stdout.splitlines() if len(line.split()) == 4}
     assert set(losses) >= set(recipe.corpus.domains)
     # fresh weights know nothing: every token of 2,048 is as likely
     assert all(7.3 < float(losses[name]) < 8.0 for name in recipe.corpus.domains), losses
+    check_tasks_and_text(tmp_path, text, tasks)
+
+
+def check_tasks_and_text(folder: Path, text: str, tasks: str) -> None:
+    """Both commands word for word, the tasks with files of the same names in place of the hub's."""
+    (folder / "wiki.test.txt").write_text(" = Title = \n\n Some words of a text .\n" * 40)
+    read = run(text, folder)
+    assert read.returncode == 0, read.stderr
+    assert re.search(r"wiki\.test\.txt: loss [78]\.\d+, perplexity \d+", read.stdout), read.stdout
+    assert "opens each window" in read.stdout
+    (folder / "tasks").mkdir()
+    for name in ("piqa", "arc_easy"):
+        rows = [{"question": f"{name} {n}", "choices": ["so", "not so"], "answer": n % 2} for n in range(9)]
+        (folder / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}}
+        task |= {"output_type": "multiple_choice", "test_split": "test", "doc_to_text": "{{question}}"}
+        task |= {"doc_to_choice": "{{choices}}", "doc_to_target": "answer", "metadata": {"version": 7.0}}
+        (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    done = run(f"{tasks} --task-files tasks", folder)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith(("piqa", "arc"))}
+    assert rows["piqa"][:3] == rows["arc_easy"][:3] == ["7.0", "0", "9"]
+    assert "the first 200 questions of each task" in done.stdout
 
 
 @pytest.mark.slow

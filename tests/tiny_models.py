@@ -55,6 +55,7 @@ VARIANTS = {
     "gemma": ROPE,
     "gemma2": ROPE | GEMMA_2,
     "gemma3_text": GEMMA_2 | GEMMA_3_ROPE | {"sliding_window_pattern": 2, "attention_bias": True},
+    "phi": PARTIAL_ROPE,
     "phi3": PARTIAL_ROPE | {"sliding_window": 5},
     "phi3 long": LONG_ROPE,
     "olmo2": ROPE | {"attention_bias": True},

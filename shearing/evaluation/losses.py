@@ -70,7 +70,7 @@ def domain_loss_sums(
             logits_NTV = call(ids_NT)
             if position < len(batches):
                 total, count = sums[domain]
-                sums[domain] = (total + _loss_sum(logits_NTV, ids_NT), count + ids_NT[:, 1:].numel())
+                sums[domain] = (total + loss_sum(logits_NTV, ids_NT), count + ids_NT[:, 1:].numel())
     return sums
 
 
@@ -80,6 +80,28 @@ def mean_losses(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
     if empty:
         raise ValueError(f"no token was evaluated in {', '.join(empty)}")
     return {domain: total / tokens for domain, (total, tokens) in sums.items()}
+
+
+def loss_sum(logits_NTV: torch.Tensor, ids_NT: torch.Tensor) -> float:
+    """Sum of the next-token loss in nats: float32 logits a few rows at a time, added up in float64."""
+    rows_at_once = max(1, FLOAT32_LOGITS_AT_ONCE // logits_NTV.shape[-1])
+    total = torch.zeros((), dtype=torch.float64, device=logits_NTV.device)
+    for logits_TV, ids_T in zip(logits_NTV, ids_NT, strict=True):
+        for start in range(0, len(ids_T) - 1, rows_at_once):
+            stop = min(start + rows_at_once, len(ids_T) - 1)
+            loss_T = functional.cross_entropy(
+                logits_TV[start:stop].float(), ids_T[start + 1 : stop + 1], reduction="none"
+            )
+            total += loss_T.double().sum()
+    return float(total)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), the loss in nats a token; infinite where that is too large for a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _batches(sequences: Mapping[str, np.ndarray], batch_sequences: int) -> list[tuple[str, np.ndarray]]:
@@ -92,17 +114,3 @@ def _batches(sequences: Mapping[str, np.ndarray], batch_sequences: int) -> list[
         for start in range(0, len(tokens_NT), batch_sequences):
             batches.append((domain, tokens_NT[start : start + batch_sequences]))
     return batches
-
-
-def _loss_sum(logits_NTV: torch.Tensor, ids_NT: torch.Tensor) -> float:
-    """Sum of the next-token loss in nats: float32 logits a few rows at a time, added up in float64."""
-    rows_at_once = max(1, FLOAT32_LOGITS_AT_ONCE // logits_NTV.shape[-1])
-    total = torch.zeros((), dtype=torch.float64, device=logits_NTV.device)
-    for logits_TV, ids_T in zip(logits_NTV, ids_NT, strict=True):
-        for start in range(0, len(ids_T) - 1, rows_at_once):
-            stop = min(start + rows_at_once, len(ids_T) - 1)
-            loss_T = functional.cross_entropy(
-                logits_TV[start:stop].float(), ids_T[start + 1 : stop + 1], reduction="none"
-            )
-            total += loss_T.double().sum()
-    return float(total)

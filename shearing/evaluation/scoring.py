@@ -1,8 +1,7 @@
 """The scores of a Hugging Face directory: loss and perplexity per domain, parameters, memory, disk, speed."""
 
-import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +9,8 @@ from torch import nn
 from shearing.data.manifest import load_manifest
 from shearing.errors import UserError
 from shearing.evaluation.held_out import held_out_sequences
-from shearing.evaluation.losses import domain_loss_sums, mean_losses
+from shearing.evaluation.inference import Inference
+from shearing.evaluation.losses import domain_loss_sums, mean_losses, perplexity
 from shearing.evaluation.throughput import (
     Load,
     Rate,
@@ -20,36 +20,25 @@ from shearing.evaluation.throughput import (
     peak_memory_bytes,
     prunable_parameter_count,
 )
-from shearing.models import loading
 from shearing.models.directories import local_directory
 from shearing.storage import open_store
 
 
 @dataclass(frozen=True)
-class ScoreProtocol:
+class ScoreProtocol(Inference):
     """How models are scored; the same for all that are compared.
 
     Args:
         corpus_uri: The prepared corpus.
         sequences_per_domain: Held-out sequences of each domain.
-        batch_sequences: Sequences of one forward pass while losses are measured.
         load: What speed and memory are measured with.
-        dtype: Of the weights while scoring.
-        device: `cpu` or `cuda`.
-        threads: Of torch, on CPU.
         repeats: Rounds of the speed measurement.
-        trust_remote_code: Whether a model directory may bring its own code.
     """
 
     corpus_uri: str
     sequences_per_domain: int
-    batch_sequences: int
     load: Load
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    device: Literal["cpu", "cuda"] = "cpu"
-    threads: int = 1
     repeats: int = 5
-    trust_remote_code: bool = False
 
     def describe(self) -> dict[str, Any]:
         """The protocol in words and numbers, for whoever reads the scores. Reads the corpus' manifest."""
@@ -94,7 +83,7 @@ def score(model_dir: str, protocol: ScoreProtocol) -> dict[str, Any]:
         "disk_bytes": disk_bytes(local_directory(model_dir)),
         "losses": losses,
         "mean_loss": sum(losses.values()) / len(losses),
-        "perplexity": {domain: _perplexity(loss) for domain, loss in losses.items()},
+        "perplexity": {domain: perplexity(loss) for domain, loss in losses.items()},
     }
     # once through the load, so that what it makes the process load for good is not taken for the model's
     measure_speeds({"model": model}, protocol.load, protocol.device, repeats=1)
@@ -124,9 +113,7 @@ def load_model(model_dir: str, protocol: ScoreProtocol) -> nn.Module:
 
     Raises UserError where it has fewer positions than the load needs.
     """
-    folder, dtype = local_directory(model_dir), getattr(torch, protocol.dtype)
-    model: Any = loading.load_model(folder, dtype, protocol.trust_remote_code)
-    model.to(protocol.device)
+    model: Any = protocol.load_model(model_dir)
     positions = getattr(model.config, "max_position_embeddings", None)
     needed = protocol.load.prompt_tokens + protocol.load.decode_tokens
     if positions is not None and needed > positions:
@@ -134,8 +121,7 @@ def load_model(model_dir: str, protocol: ScoreProtocol) -> nn.Module:
             f"scores.prompt_tokens = {protocol.load.prompt_tokens} and scores.decode_tokens = "
             f"{protocol.load.decode_tokens} need {needed} positions; {model_dir} has {positions}. Lower one of them."
         )
-    model.eval()
-    return cast(nn.Module, model)
+    return model
 
 
 def check_vocabulary(model_dir: str, model_vocabulary: int, tokenizer_vocabulary: int) -> None:
@@ -149,10 +135,3 @@ def check_vocabulary(model_dir: str, model_vocabulary: int, tokenizer_vocabulary
 
 def _quartiles(rate: Rate) -> list[float]:
     return [rate.lower_quartile, rate.upper_quartile]
-
-
-def _perplexity(loss: float) -> float:
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf

@@ -33,13 +33,16 @@ class Family:
         positions: Table of learned positions, added to the embedding; None without one.
         position_offset: Rows of that table beyond `max_position_embeddings`.
         attention_norm: Norm between the residual stream and attention; None without one.
-        mlp_norm: The same for the MLP.
+        mlp_norm: The same for the MLP; None, too, where both read what `attention_norm` puts out (phi).
         attention_post_norm: Norm between attention and its addition to the residual stream; None without one.
         mlp_post_norm: The same for the MLP.
         query: Projections of query, key and value; one name for all three where they are fused.
         qkv_rows: Rows of these projections: `apart` in three modules, `blocks` of all queries, all keys and all
             values, or `heads`, each with its query, key and value.
         gate: Gate projection; None where the MLP has none; the name of `up` where both are fused, gate first.
+        mlp: Modules of a layer that make up its MLP, in the order in which they run.
+        parallel: Whether attention and MLP read the same residual stream: always, never, or as the config key says.
+        dropouts: Of the outputs of attention and MLP: modules of a layer, or its attribute with the rate.
         head_norms: Norms of queries and of keys.
         head_norm_span: What they are over: each `head`, which no gate touches, or `all` heads together.
         norm: `rms`: root mean square, rounded before the weight; `rms_wide`: rounded after it; `rms_plus_one`: the
@@ -49,6 +52,7 @@ class Family:
         qkv_bias: Whether query, key and value projections have a bias: always, never, or as the config key says.
         output_bias: The same of the attention's output projection.
         mlp_bias: The same of the MLP projections.
+        head_bias: Whether the LM head has one.
         attention: The implementation of attention that trains it here.
         hidden_multiple_of_heads: Hugging Face's config refuses a hidden size that is not a multiple of the heads,
             though the head size is given.
@@ -86,6 +90,9 @@ class Family:
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    mlp: tuple[str, ...] = ("mlp",)
+    parallel: bool | str = False
+    dropouts: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = ()
     head_norm_span: Literal["head", "all"] = "head"
     norm: NormKind = "rms"
@@ -94,6 +101,7 @@ class Family:
     qkv_bias: bool | str = False
     output_bias: bool | str = False
     mlp_bias: bool | str = False
+    head_bias: bool = False
     attention: Literal["sdpa", "eager"] = "sdpa"
     hidden_multiple_of_heads: bool = False
     head_size_from_hidden: Literal["always", "long_rope"] | None = None
@@ -116,6 +124,11 @@ class Family:
     def pre_norms(self) -> tuple[str, ...]:
         """Norms of a layer that read the residual stream."""
         return tuple(name for name in (self.attention_norm, self.mlp_norm) if name is not None)
+
+    @property
+    def shared_norm(self) -> str | None:
+        """The norm that attention and MLP of a layer read together; None where each has its own, or none."""
+        return self.attention_norm if self.mlp_norm is None else None
 
     @property
     def post_norms(self) -> tuple[str, ...]:
@@ -231,6 +244,28 @@ _TABLE = (
         **_GEMMA_WITH_POST_NORMS,
     ),
     Family(
+        model_type="phi",
+        architecture="PhiForCausalLM",
+        final_norm="model.final_layernorm",
+        mlp_norm=None,
+        output="self_attn.dense",
+        gate=None,
+        up="mlp.fc1",
+        down="mlp.fc2",
+        parallel=True,
+        dropouts=("resid_dropout", "resid_dropout"),
+        norm="layer",
+        norm_epsilon="eps",
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        head_bias=True,
+        required=MappingProxyType({"qk_layernorm": False}),
+        defaults=_defaults(
+            vocab_size=51200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, qk_layernorm=False
+        ),
+    ),
+    Family(
         model_type="phi3",
         architecture="Phi3ForCausalLM",
         query="self_attn.qkv_proj",
@@ -239,6 +274,7 @@ _TABLE = (
         qkv_rows="blocks",
         gate="mlp.gate_up_proj",
         up="mlp.gate_up_proj",
+        dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
         head_size_from_hidden="long_rope",
         defaults=_defaults(vocab_size=32064, hidden_size=3072, intermediate_size=8192),
     ),
@@ -270,6 +306,8 @@ _TABLE = (
         gate=None,
         up="mlp.dense_h_to_4h",
         down="mlp.dense_4h_to_h",
+        parallel="use_parallel_residual",
+        dropouts=("post_attention_dropout", "post_mlp_dropout"),
         norm="layer",
         norm_epsilon="eps",
         qkv_bias="attention_bias",
@@ -288,6 +326,7 @@ _TABLE = (
             num_hidden_layers=44,
             num_attention_heads=64,
             attention_bias=True,
+            use_parallel_residual=True,
         ),
     ),
     Family(
@@ -304,6 +343,8 @@ _TABLE = (
         gate=None,
         up="fc1",
         down="fc2",
+        mlp=("fc1", "activation_fn", "fc2"),
+        dropouts=("dropout", "dropout"),
         norm="layer",
         norm_epsilon="eps",
         qkv_bias="enable_bias",

@@ -7,6 +7,8 @@ from shearing.errors import UserError
 from shearing.models.families import FAMILIES, Family
 from shearing.models.shape import Shape
 
+SLICED = "sliced"  # key of a config whose residual stream was sliced; see `shearing.models.sliced_modeling`
+
 
 def as_config_dict(config: Any) -> dict[str, Any]:
     """The config as a plain dict, from a dict or from a `transformers.PreTrainedConfig`."""
@@ -115,6 +117,12 @@ def has_bias(family: Family, config: Any, trait: bool | str) -> bool:
     return trait if isinstance(trait, bool) else bool(config_value(family, config, trait))
 
 
+def is_parallel(family: Family, config: Any) -> bool:
+    """Whether attention and MLP of a layer read the same residual stream."""
+    trait = family.parallel
+    return trait if isinstance(trait, bool) else bool(config_value(family, config, trait))
+
+
 def resized_config(config: Any, target: Shape, kept_layers: list[int] | None = None) -> dict[str, Any]:
     """A config of another shape, all else as it was: vocabulary, rotary embedding, special tokens, tying.
 
@@ -163,8 +171,10 @@ def memory_name(config: Any, name: str) -> str:
 
 
 def _stored_names(config: Any) -> Mapping[str, str]:
-    family = FAMILIES.get(str(as_config_dict(config).get("model_type")))
-    return {} if family is None else family.stored_names
+    values = as_config_dict(config)
+    family = FAMILIES.get(str(values.get("model_type")))
+    # transformers renames weights of stock classes alone
+    return {} if family is None or SLICED in values else family.stored_names
 
 
 def _renamed(name: str, beginnings: Mapping[str, str]) -> str:

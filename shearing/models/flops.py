@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from shearing.models.family import as_config_dict, config_value, family_of, is_tied, shape_of, vocabulary_of
+from shearing.models.family import SLICED, as_config_dict, config_value, family_of, is_tied, shape_of, vocabulary_of
 from shearing.models.parameters import UNEVEN, count_parameters
 
 # Dense bfloat16 FLOPs a second of the tensor cores, from the maker's data sheets, by whole words of the device's name.
@@ -41,7 +41,8 @@ def training_flops_per_token(config: Any, sequence_tokens: int) -> int:
     rows = 0 if is_tied(config) else vocabulary_of(config)
     if family.positions is not None:
         rows += config_value(family, config, "max_position_embeddings") + family.position_offset
-    multiplying = count_parameters(config) - rows * shape.hidden_size
+    width = as_config_dict(config)[SLICED]["first"] if SLICED in as_config_dict(config) else shape.hidden_size
+    multiplying = count_parameters(config) - rows * width
     return 6 * multiplying + 12 * _heads(config) * shape.head_size * sequence_tokens
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,14 +15,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from shearing.errors import UserError
-from shearing.models import uneven_modeling
+from shearing.models import sliced_modeling, uneven_modeling
 from shearing.models.families import FAMILIES
-from shearing.models.family import family_of, is_tied, memory_name, stored_name
+from shearing.models.family import SLICED, family_of, is_tied, memory_name, stored_name
 from shearing.models.parameters import UNEVEN
 
 MAX_SHARD_BYTES = 5_000_000_000
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
-UNEVEN_FILE = "modeling_uneven.py"
+# Modelling files of ours, by the config key of the models that need them, and their names beside the weights.
+MODELING: Mapping[str, tuple[Any, str]] = MappingProxyType(
+    {UNEVEN: (uneven_modeling, "modeling_uneven.py"), SLICED: (sliced_modeling, "modeling_sliced.py")}
+)
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -53,15 +57,23 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model from a Hugging Face directory, in evaluation mode, with torch's own attention."""
     config = read_config(folder)
-    loader: Any = AutoModelForCausalLM
-    if UNEVEN in config:  # by our own copy of the file that lies beside such weights: nobody has to be trusted
-        loader, trust_remote_code = getattr(uneven_modeling, config["architectures"][0]), False
-    return loader.from_pretrained(
+    loader: Any = _own_class(config)
+    if loader is not None:  # our own copy of the file that lies beside such weights: nobody has to be trusted
+        trust_remote_code = False
+    return (loader or AutoModelForCausalLM).from_pretrained(
         str(folder),
         dtype=dtype,
         attn_implementation=_attention(config),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _own_class(config: Mapping[str, Any]) -> Any:
+    """The class of ours that such a model needs; None for a stock model."""
+    for key, (module, _) in MODELING.items():
+        if key in config:
+            return getattr(module, config["architectures"][0])
+    return None
 
 
 def _attention(config: Mapping[str, Any]) -> str:
@@ -77,18 +89,27 @@ def new_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, see
         dtype: Of the weights; drawn in float32 and rounded, so that types differ by rounding only.
         seed: Of the weights.
     """
-    values = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
-    hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        attention = _attention(config)
-        if UNEVEN in config:
-            stock = getattr(uneven_modeling, config["architectures"][0])
-            model = stock._from_config(hf_config, dtype=torch.float32, attn_implementation=attention)
-        else:
-            model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=attention)
+        model = _built(config, torch.float32)
     cast_parameters(model, dtype)
     return model
+
+
+def blank_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of a config without any weights or buffers: all on torch's meta device, in evaluation mode."""
+    with torch.device("meta"):
+        return _built(config, dtype).eval()
+
+
+def _built(config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    values = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(values)
+    options = {"dtype": dtype, "attn_implementation": _attention(config)}
+    own = _own_class(config)
+    if own is not None:
+        return own._from_config(hf_config, **options)
+    return AutoModelForCausalLM.from_config(hf_config, **options)
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -154,6 +175,7 @@ def write_model_directory(
     *,
     tokenizer_folder: str | Path | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    records: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a Hugging Face directory that stock `AutoModelForCausalLM.from_pretrained` loads; complete or absent.
@@ -164,6 +186,7 @@ def write_model_directory(
         tensors: Weights by their names in memory, written as they come: no more than one shard is held in memory.
         tokenizer_folder: Whose tokenizer files are copied.
         generation_config: Written as generation_config.json; None writes none.
+        records: JSON files that are written too, by name.
         max_shard_bytes: Weights beyond this go to several files with an index.
     """
     folder = Path(folder)
@@ -176,8 +199,11 @@ def write_model_directory(
     write_json(partial / CONFIG_FILE, written)
     if generation_config is not None:
         write_json(partial / GENERATION_FILE, generation_config)
-    if UNEVEN in config:
-        shutil.copyfile(uneven_modeling.__file__, partial / UNEVEN_FILE)
+    for key, (module, name) in MODELING.items():
+        if key in config:
+            shutil.copyfile(module.__file__, partial / name)
+    for name, record in records.items():
+        write_json(partial / name, record)
     if tokenizer_folder is not None:
         for name in TOKENIZER_FILES:
             if (Path(tokenizer_folder) / name).is_file():

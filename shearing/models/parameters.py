@@ -5,7 +5,16 @@ from math import prod
 from typing import Any
 
 from shearing.models.families import Family
-from shearing.models.family import as_config_dict, config_value, family_of, has_bias, is_tied, shape_of, vocabulary_of
+from shearing.models.family import (
+    SLICED,
+    as_config_dict,
+    config_value,
+    family_of,
+    has_bias,
+    is_tied,
+    shape_of,
+    vocabulary_of,
+)
 from shearing.models.shape import Shape
 
 Sizes = dict[str, tuple[int, ...]]
@@ -58,11 +67,15 @@ def _outside(family: Family, config: Any, shape: Shape, vocabulary: int) -> Size
     sizes |= _norm(family, family.final_norm, shape.hidden_size)
     if not is_tied(config):
         sizes[f"{family.lm_head}.weight"] = (vocabulary, shape.hidden_size)
+    if family.head_bias:
+        sizes[f"{family.lm_head}.bias"] = (vocabulary,)
     return sizes
 
 
 def parameter_sizes(config: Any) -> Sizes:
     """Every parameter of a model by its full name; a table that embedding and LM head share is there once."""
+    if SLICED in as_config_dict(config):
+        return _sliced_sizes(config)
     family, shape = family_of(config), shape_of(config)
     layer = _projections(family, config, shape) | _norms(family, shape)
     sizes = _outside(family, config, shape, vocabulary_of(config))
@@ -71,12 +84,37 @@ def parameter_sizes(config: Any) -> Sizes:
     return sizes
 
 
+def _sliced_sizes(config: Any) -> Sizes:
+    family, shape, description = family_of(config), shape_of(config), as_config_dict(config)[SLICED]
+    names, bias = description["names"], description["names"]["reader_bias"]
+    whole = _outside(family, config, shape, vocabulary_of(config))
+    sizes: Sizes = {
+        f"{name}.weight": (whole[f"{name}.weight"][0], description["first"]) for name in names["embeddings"]
+    }
+    for number, layer in enumerate(description["layers"]):
+        found = {name: tuple(size) for name, size in layer["residuals"].items()}
+        for name, size in _projections(family, config, shape).items():
+            module, kind = name.rsplit(".", 1)
+            if module in layer["writers"]:
+                found[name] = (layer["writers"][module], *size[1:])
+                continue
+            found[name] = (size[0], layer["readers"][module]) if kind == "weight" else size
+            if bias:
+                found[f"{module}.bias"] = (size[0],)
+        found |= {name: size for name, size in _norms(family, shape).items() if name.startswith(family.head_norms)}
+        sizes |= {family.layer_module(number, name): size for name, size in found.items()}
+    sizes[f"{family.lm_head}.weight"] = (vocabulary_of(config), description["last"])
+    if bias or family.head_bias:
+        sizes[f"{family.lm_head}.bias"] = (vocabulary_of(config),)
+    return sizes
+
+
 def _total(sizes: Sizes) -> int:
     return sum(prod(size) for size in sizes.values())
 
 
 def prunable_parameters(config: Any, shape: Shape | None = None) -> int:
-    """Parameters of attention and MLP projections: all but embeddings, LM head and norms.
+    """Parameters of attention and MLP projections, and of residual matrices: all but embeddings, LM head and norms.
 
     Args:
         config: A config.json's dict or a transformers config; its family and biases count.
@@ -85,6 +123,8 @@ def prunable_parameters(config: Any, shape: Shape | None = None) -> int:
     Source: arXiv 2310.06694, section 2.1 (its sparsity leaves the same out).
     """
     family = family_of(config)
+    if shape is None and SLICED in as_config_dict(config):
+        return _total({name: size for name, size in _sliced_sizes(config).items() if name.startswith(family.layers)})
     uneven = as_config_dict(config).get(UNEVEN) if shape is None else None
     if uneven:
         return sum(_total(_present(_projections, family, config, layer)) for layer in uneven["layers"])
@@ -109,6 +149,8 @@ def count_parameters(config: Any, shape: Shape | None = None, vocabulary: int | 
         shape: Counted at this shape; default the config's own.
         vocabulary: Rows of the embedding table; default the config's own.
     """
+    if shape is None and SLICED in as_config_dict(config):
+        return _total(_sliced_sizes(config))
     family, whole, shape = family_of(config), shape, shape or shape_of(config)
     vocabulary = vocabulary_of(config) if vocabulary is None else vocabulary
     norms = shape.num_layers * _total(_norms(family, shape))

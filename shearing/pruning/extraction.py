@@ -185,6 +185,8 @@ class Fold:
         yield from self._norm(family.final_norm, family.final_norm, gates).items()
         if not tied:
             yield f"{family.lm_head}.weight", self._tensors[f"{family.lm_head}.weight"][:, hidden]
+        if family.head_bias:
+            yield f"{family.lm_head}.bias", self._tensors[f"{family.lm_head}.bias"]
 
     def _scale_change(self, dtype: torch.dtype) -> Tensor | None:
         """What a scaled embedding must be multiplied by, since the model scales it by the root of its new size."""

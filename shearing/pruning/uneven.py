@@ -81,7 +81,8 @@ def _modules(family: Family) -> dict[str, list[str]]:
     found = {}
     for half, (writer, *norms) in places.items():
         assert writer is not None
-        found[half] = [writer.split(".")[0], *(name for name in norms if name is not None)]
+        own = [name for name in norms if name is not None and name != family.shared_norm]
+        found[half] = [writer.split(".")[0], *own]
     return found
 
 

@@ -102,11 +102,16 @@ def test_a_vocabulary_too_small_is_refused(folder):
     )
 
 
-def test_the_table_states_its_protocol():
-    """Perplexities without the windows and the rule of beginning that they hold for."""
+@pytest.fixture(scope="module")
+def script():
     spec = importlib.util.spec_from_file_location("score_model_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_states_its_protocol(script):
+    """Perplexities without the windows and the rule of beginning that they hold for."""
     scores = {
         "losses": {"wiki": 2.0, "code": 1.0},
         "perplexity": {"wiki": 7.389, "code": 2.718},
@@ -130,3 +135,50 @@ def test_the_table_states_its_protocol():
     assert ["code", "1.000", "2.72", "63"] in lines
     for stated in ("WINDOWS", "BOS", "982,144", "12,346 (12,000 to 13,000)", "1 x 256 prompt tokens"):
         assert stated in text
+
+
+def test_options_without_what_they_are_about_are_refused(folder):
+    """A limit that nothing obeys; a stride for a text that is never read."""
+    problems = refused(run(folder, "model", "recipe.yaml", "--limit", "3", "--bos", "no"))
+    assert "--limit says something about --tasks" in problems
+    assert "--bos says something about --text" in problems
+    done = run(folder, "model", "recipe.yaml", "--text", "a.txt", "--window", "1")
+    assert (done.returncode, "a whole number from 2 on" in done.stderr) == (2, True)
+    done = run(folder, "model", "recipe.yaml", "--tasks", ",")
+    assert (done.returncode, "no name is given" in done.stderr) == (2, True)
+
+
+def test_tasks_and_text_are_checked_before_ray_starts(folder):
+    """A cluster started for a misspelt task; no word about the text until the tasks are right."""
+    problems = refused(run(folder, "model", "recipe.yaml", "--tasks", "piqua", "--text", "nowhere.txt"))
+    assert "the harness knows no task 'piqua'; did you mean piqa" in problems
+    assert "model holds no tokenizer" in problems
+    assert "nowhere.txt is no file" in problems
+    assert "nowhere holds no config.json" in refused(run(folder, "nowhere", "recipe.yaml", "--tasks", "piqa"))
+
+
+def test_tasks_and_text_show_how_they_were_taken(script):
+    """An accuracy without version, examples, questions and standard error is nobody's."""
+    metrics = {"acc": {"value": 0.625, "stderr": 0.0612, "higher_is_better": True}}
+    metrics |= {"words (strict)": {"value": 3, "stderr": None, "higher_is_better": True}}
+    entries = {"piqa": {"version": 1.0, "fewshot": 5, "questions": 64, "metrics": metrics}}
+    entries |= {"all": {"version": None, "fewshot": None, "questions": None, "metrics": metrics}}
+    protocol = {"harness": "lm-eval 0.0", "limit": 64, "most_tokens": 512, "opening_token_ids": [1], "stderr": "STDERR"}
+    protocol |= {"dtype": "float32", "device": "cpu"}
+    text = {"loss": 2.0, "perplexity": 7.3891, "protocol": {"file": "wiki.txt", "sha256": "ab12", "windows": 17}}
+    text["protocol"] |= {"predicted_tokens": 1200, "text_tokens": 1217, "window_rule": "RULE", "bos_rule": "BOS"}
+    text["protocol"] |= {"perplexity": "exp(mean)", "dtype": "float32", "device": "cpu"}
+    shown = script.table({"model": "somewhere", "tasks": {"tasks": entries, "protocol": protocol}, "text": text})
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["piqa", "1.0", "5", "64", "acc", "0.6250", "0.0612"] in lines
+    assert ["all", "\u2013", "\u2013", "\u2013", "words", "(strict)", "3", "\u2013"] in lines
+    for stated in (
+        "lm-eval 0.0",
+        "first 64 questions",
+        "STDERR",
+        "tokens [1] before",
+        "wiki.txt: loss 2.000, perplexity",
+    ):
+        assert stated in shown
+    for stated in ("7.3891", "1,200 of 1,217 tokens in 17 windows", "RULE", "BOS", "ab12"):
+        assert stated in shown

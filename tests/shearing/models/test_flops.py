@@ -7,14 +7,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shearing.models.flops import peak_flops_per_s, training_flops_per_token
 from shearing.models.loading import new_model
+from shearing.pruning.slicing.config import SlicingConfig
+from shearing.pruning.slicing.plan import sliced_config
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
-@pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma", "phi3", "gpt_neox", "opt"])
-def test_flops_of_every_product_forward_and_backward(variant, tied):
-    """A tied head left out, positions counted as products, key/value heads counted as query heads."""
-    assert variant in VARIANTS
-    config = tiny_config(variant, shapes_of(variant)[-1], tied)
+def check_flops(config):
+    """Against every product that PyTorch counts in a forward and a backward pass."""
     model = new_model(config, dtype=torch.float32, seed=1)
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
@@ -22,6 +20,20 @@ def test_flops_of_every_product_forward_and_backward(variant, tied):
     vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
     expected = counter.get_total_flops() / TOKENS.numel() + 6 * vectors  # norms and biases: in N, and no products
     assert training_flops_per_token(config, TOKENS.shape[1]) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma", "phi3", "gpt_neox", "opt"])
+def test_flops_of_every_product_forward_and_backward(variant, tied):
+    """A tied head left out, positions counted as products, key/value heads counted as query heads."""
+    assert variant in VARIANTS
+    check_flops(tiny_config(variant, shapes_of(variant)[-1], tied))
+
+
+@pytest.mark.parametrize("variant", ["llama", "opt"])
+def test_a_sliced_model_has_tables_of_its_own_width(variant):
+    """The whole model's embedding taken off a narrow one, residual matrices left out."""
+    check_flops(sliced_config(tiny_config(variant, shapes_of(variant)[0]), SlicingConfig(hidden_size=16)))
 
 
 def test_uneven_layers_have_heads_of_their_own():
