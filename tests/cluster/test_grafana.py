@@ -166,6 +166,7 @@ def test_a_running_job_is_watched_stopped_and_goes_on(cluster, tmp_path):
         shown = {path.name for path in Path(cluster["RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"]).iterdir()}
         assert any("default" in name for name in shown), "Ray's own dashboards lie where ours are put"
 
+        wait_until(lambda: journey.checkpoints("pruning"), "a checkpoint to go on from", timeout_s=600)
         assert "stopped by SIGTERM" in stop("first")
         assert journey.checkpoints("pruning")
         assert list((journey.workspace / "tracking" / "tensorboard" / "pruning").iterdir())

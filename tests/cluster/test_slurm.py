@@ -14,10 +14,17 @@ from journeys import end_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "cluster" / "slurm" / "shear.sbatch"
-# Takes srun's own options off and runs the rest here, once for every "node".
+# Takes srun's own options off and runs the rest here, once for every "node". Two nodes of one machine cannot have the
+# same ports: the second one's are left to chance.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
-exec "$@"
+words=("$@")
+if [[ "$*" == *--address=* ]]; then
+  words=()
+  for word; do [[ $word == --*-port=* ]] || words+=("$word"); done
+  words+=(--dashboard-agent-listen-port=0)
+fi
+exec "${words[@]}"
 """
 
 
