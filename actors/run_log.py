@@ -1,13 +1,31 @@
 """The run's log: one actor that writes the reports of a phase as JSON lines and keeps the newest for the console."""
 
 import json
+import logging
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from shearing.storage import Store, open_store
 
+logger = logging.getLogger(__name__)
+
 KEPT_ROWS = 2000
+
+
+class Watcher(Protocol):
+    """Whoever shows the rows of a log elsewhere: metrics, a tracker."""
+
+    def recall(self, row: dict[str, Any]) -> None:
+        """Learn of a row that an earlier life of the log wrote."""
+
+    def see(self, row: dict[str, Any]) -> None:
+        """Show a new row."""
+
+
+MakeWatcher = Callable[[str, str], Watcher]
+"""Makes a watcher of the workspace's URI and the phase's name."""
 
 
 class RunLog:
@@ -15,18 +33,27 @@ class RunLog:
 
     A resumed phase repeats the steps after its checkpoint, so a reader takes the last row of a step and kind.
     On a local disk each push is appended; an object store cannot append, so there the file is written whole by `flush`.
+    A watcher that fails is let go of: what shows a run may not end it.
     """
 
-    def __init__(self, workspace_uri: str, phase: str) -> None:
+    def __init__(self, workspace_uri: str, phase: str, watchers: Sequence[MakeWatcher] = ()) -> None:
         self.store: Store = open_store(workspace_uri).child("metrics")
         self.name = f"{phase}.jsonl"
         self.rows: deque[tuple[int, dict[str, Any]]] = deque(maxlen=KEPT_ROWS)
         self.last_number = 0
         earlier = self.store.read_bytes(self.name) if self.store.exists(self.name) else b""
-        self.text = earlier[: earlier.rfind(b"\n") + 1]  # a killed writer leaves half a line
+        earlier = self.text = earlier[: earlier.rfind(b"\n") + 1]  # a killed writer leaves half a line
         if self.store.is_local:
             self.store.write_bytes(self.name, self.text)
             self.text = b""
+        self.watchers: list[Watcher] = []
+        for make in watchers:
+            try:
+                self.watchers.append(make(workspace_uri, phase))
+            except Exception:
+                logger.exception("the phase goes on without %s", make)
+        for line in earlier.splitlines() if self.watchers else ():
+            self._tell("recall", json.loads(line))
 
     def push(self, rows: list[dict[str, Any]]) -> None:
         """Write rows and keep them for `newer`."""
@@ -39,6 +66,16 @@ class RunLog:
                 file.write(text)
         else:
             self.text += text
+        for row in rows:
+            self._tell("see", row)
+
+    def _tell(self, how: str, row: dict[str, Any]) -> None:
+        for watcher in list(self.watchers):
+            try:
+                getattr(watcher, how)(row)
+            except Exception:
+                logger.exception("the phase goes on without %s, which failed at %s", type(watcher).__name__, row)
+                self.watchers.remove(watcher)
 
     def flush(self) -> None:
         """All that was pushed is on storage when this returns."""

@@ -9,6 +9,7 @@ import hashlib
 import secrets
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from actors.checkpoints import checkpoint_name, newest_checkpoint, settle_checkpoints
 from actors.domain_weights import DomainWeightsClient, start_domain_weights
 from actors.feeder import FeedPlan, RayDataSource, start_feeder
+from actors.metrics import RunMetrics
 from actors.run_log import RunLog
+from actors.trackers import TRACKERS
 from shearing.data.manifest import load_manifest
 from shearing.errors import UserError
 from shearing.storage import Store, open_store
 from shearing.training.checkpoint import CheckpointReader
 from shearing.training.engine import prepare_deepspeed
-from shearing.training.loop import Report, Trainer, event_report, training_reports
-from shearing.training.phase import PhaseConfig, Place, build_trainer, restore, save
+from shearing.training.loop import Report, Trainer, checkpoint_report, event_report, training_reports
+from shearing.training.phase import PhaseConfig, Place, build_trainer, restore, save, start_report
 from shearing.training.watchdog import TrainingDivergedError
 
 KEPT_CHECKPOINTS = 2
@@ -84,7 +87,8 @@ def _phase_actors(phase: PhaseConfig, workspace: Store) -> Iterator[dict[str, An
 
         # Named after their run too: another run of the same cluster may be in a phase of the same name.
         run = hashlib.sha256(workspace.uri.encode()).hexdigest()[:12]
-        log = kept(_actor(RunLog, f"run-log-{phase.name}-{run}").remote(workspace.uri, phase.name))
+        watchers = [RunMetrics, *(TRACKERS[name] for name in phase.trackers)]
+        log = kept(_actor(RunLog, f"run-log-{phase.name}-{run}").remote(workspace.uri, phase.name, watchers))
         weights = kept(
             start_domain_weights(
                 f"domain-weights-{phase.name}-{run}",
@@ -183,12 +187,15 @@ def _train(settings: dict[str, Any], place: Place, log: "_RankLog") -> dict[str,
         name, step = checkpoint_name(checkpoint), trainer.state.step
         workers = "1 worker" if place.world == 1 else f"{place.world} workers"
         log.push(event_report(step, "resumed", f"goes on from step {step:,} with {workers}"))
+    log.push(start_report(settings["phase"], trainer))
     try:
         for report in training_reports(trainer):
             log.push(report)
             if trainer.settled(report) and trainer.checkpoint_due():
                 log.flush()
+                began_s = time.perf_counter()
                 name = _checkpoint(trainer, attempt)
+                log.push(checkpoint_report(trainer.state.step, name, time.perf_counter() - began_s))
     except TrainingDivergedError as error:
         kept = f"the last good checkpoint is {name}" if name else "no checkpoint had been written"
         raise TrainingDivergedError(f"{error}; {kept}. A run with other settings needs its own workspace=...") from None

@@ -42,6 +42,7 @@ def phase_config(
         distillation=distillation,
         keep_zeros=name == "recovery" and recipe.sparsifying is not None,
         lora=recipe.recovery.lora if recipe.recovery is not None and name == "recovery" else None,
+        trackers=recipe.trackers,
     )
 
 

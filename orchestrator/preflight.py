@@ -3,6 +3,7 @@
 Loads neither torch nor Ray nor transformers.
 """
 
+import importlib.util
 import math
 import os
 from collections.abc import Iterable
@@ -37,6 +38,7 @@ def preflight(recipe: Recipe) -> list[str]:
     problems += _schedule_problems(recipe)
     problems += _reference_problems(recipe, facts)
     problems += _mixture_problems(recipe)
+    problems += _tracker_problems(recipe)
     folder_problems, workspace = _folder_problems(recipe)
     problems += folder_problems
     if workspace is not None:
@@ -192,6 +194,20 @@ def _mixture_problems(recipe: Recipe) -> list[str]:
                 f"corpus.domains.{name}.proportion = {domain.proportion:g} lies outside mixture.floor = "
                 f"{mixture.floor:g} to mixture.cap = {mixture.cap:g}. Widen these or change the proportion."
             )
+    return problems
+
+
+def _tracker_problems(recipe: Recipe) -> list[str]:
+    problems = [
+        f"trackers names {name}, which is not installed. Run `pip install {name}` on every node, or leave it out."
+        for name in recipe.trackers
+        if importlib.util.find_spec(name) is None
+    ]
+    if "tensorboard" in recipe.trackers and "://" in workspace_uri(recipe):
+        problems.append(
+            f"trackers names tensorboard, which writes into the workspace, and workspace = {recipe.workspace!r} is not "
+            "a folder. Allowed beside a URI: wandb, mlflow."
+        )
     return problems
 
 

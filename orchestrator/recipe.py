@@ -12,7 +12,14 @@ from shearing.models.shape import Shape
 from shearing.pruning.config import PruningConfig
 from shearing.pruning.slicing.config import SlicingConfig
 from shearing.pruning.sparsity.config import SparsityConfig
-from shearing.training.config import EngineConfig, EvaluationConfig, RecoveryConfig, TrainingConfig, WatchdogConfig
+from shearing.training.config import (
+    EngineConfig,
+    EvaluationConfig,
+    RecoveryConfig,
+    TrackerName,
+    TrainingConfig,
+    WatchdogConfig,
+)
 
 MethodSection = Literal["pruning", "slicing"]
 
@@ -101,6 +108,7 @@ class Recipe(Config):
     watchdog: WatchdogConfig = WatchdogConfig()
     scores: ScoresConfig = ScoresConfig()
     comparison: ComparisonConfig | None = None
+    trackers: tuple[TrackerName, ...] = Field((), description="Where training is shown besides Ray's metrics")
 
     def only(self, method: MethodSection) -> "Recipe":
         """The recipe of a run that uses one method: everything that runs, plans or reports reads off it which.

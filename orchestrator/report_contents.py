@@ -118,13 +118,13 @@ def _units(rows: list[dict[str, Any]], group: str) -> dict[str, Any]:
 def _summary(run: RunRecord, phase: str, record: PhaseRecord) -> dict[str, Any]:
     rows = record.steps
     if not rows:
-        return {"steps": 0, "planned_steps": _planned_steps(run, phase)}
+        return {"steps": 0, "planned_steps": planned_steps(run, phase)}
     busy, waited = (sum(row.get(key) or 0.0 for row in rows) for key in ("step_s", "data_wait_s"))
     speeds = [row["tokens_per_s"] for row in rows if row.get("tokens_per_s")]
     domains_lost = [d for d in run.domains if any(_bad((row.get("losses") or {}).get(d, 0.0)) for row in rows)]
     return {
         "steps": rows[-1]["step"],
-        "planned_steps": _planned_steps(run, phase),
+        "planned_steps": planned_steps(run, phase),
         "tokens": rows[-1].get("tokens"),
         "final_loss": rows[-1].get("loss"),
         "first_divergence": rows[0].get("divergence"),
@@ -180,7 +180,8 @@ def _data_use(run: RunRecord, phase: str, record: PhaseRecord) -> dict[str, dict
     return use
 
 
-def _planned_steps(run: RunRecord, phase: str) -> int | None:
+def planned_steps(run: RunRecord, phase: str) -> int | None:
+    """Regular steps of a phase as the recipe asks for them."""
     section = {
         "source": (run.recipe.get("source") or {}).get("train"),
         "pruning": run.recipe.get("pruning"),

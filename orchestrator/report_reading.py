@@ -23,8 +23,10 @@ INTERRUPTIONS = ("resumed", "restarted")
 class PhaseRecord:
     """The metrics of one phase: the last row of each step and kind, and every event."""
 
+    starts: list[dict[str, Any]]
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    checkpoints: list[dict[str, Any]]
     events: list[dict[str, Any]]
     repeated_steps: int
     unreadable_lines: int
@@ -101,9 +103,19 @@ def read_phase(data: bytes) -> PhaseRecord:
         else:
             seen += row["kind"] == "step"
             last[row["kind"], row["step"]] = row
-    steps = sorted((row for (kind, _), row in last.items() if kind == "step"), key=_step)
-    evaluations = sorted((row for (kind, _), row in last.items() if kind == "evaluation"), key=_step)
-    return PhaseRecord(steps, evaluations, sorted(events.values(), key=_step), seen - len(steps), unreadable)
+    rows = {
+        name: sorted((row for (kind, _), row in last.items() if kind == name), key=_step)
+        for name in ("start", "step", "evaluation", "checkpoint")
+    }
+    return PhaseRecord(
+        starts=rows["start"],
+        steps=rows["step"],
+        evaluations=rows["evaluation"],
+        checkpoints=rows["checkpoint"],
+        events=sorted(events.values(), key=_step),
+        repeated_steps=seen - len(rows["step"]),
+        unreadable_lines=unreadable,
+    )
 
 
 def without_nan(value: Any) -> Any:

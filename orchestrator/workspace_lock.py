@@ -39,6 +39,29 @@ def lock_workspace(store: Store) -> Iterator[None]:
         yield
 
 
+def describe_driver(store: Store) -> str:
+    """Who drives, or drove, the run of a workspace, as far as it can be told from here; takes no lock."""
+    name = LOCK_NAME if store.is_local else STAMP_NAME
+    text = store.read_bytes(name) if store.exists(name) else b""
+    if not text:
+        return "none"
+    holder = json.loads(text)
+    who = f"process {holder['pid']} on {holder['host']}"
+    if not store.is_local:
+        return f"{who}, {'at work' if _is_alive(holder) else 'gone'}"
+    if holder["host"] != socket.gethostname():
+        return f"{who}, which cannot be looked into from here"
+    return f"{who}, {'at work' if _began_before(holder['pid'], holder['time']) else 'gone'}"
+
+
+def _began_before(pid: int, unix_s: float) -> bool:
+    """Whether a process lives that was there then; a number is given anew after a while."""
+    try:
+        return psutil.Process(pid).create_time() <= unix_s
+    except psutil.Error:
+        return False
+
+
 def _refuse(store: Store, holder: dict[str, Any]) -> UserError:
     return UserError(
         f"another driver is at work in {store.uri}: process {holder.get('pid', '?')} on {holder.get('host', '?')}. "

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -245,5 +246,25 @@ def end_with_children(process: subprocess.Popen) -> None:
     for member in tree:
         try:
             member.send_signal(signal.SIGKILL)
+        except psutil.Error:
+            continue
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def end_of(folder: str) -> None:
+    """End what a node started for itself: processes that name its folder, which no other node has."""
+    for process in psutil.process_iter():
+        try:
+            if folder in " ".join(process.cmdline()):
+                process.kill()
         except psutil.Error:
             continue

@@ -146,7 +146,8 @@ def test_killed_worker_goes_on_from_the_checkpoint(ray_session, finished_journey
     result = run_phase(pruning_phase, str(journey.workspace), lambda _report: None)
     assert result.checkpoint == str(journey.checkpoints("pruning")[-1])
     assert set(result.outcome) >= {"converged", "gaps", "missed"}
-    assert [row["event"] for row in journey.rows("pruning")[len(before) :]] == ["resumed"]
+    after = journey.rows("pruning")[len(before) :]
+    assert [(row["kind"], row.get("event")) for row in after] == [("event", "resumed"), ("start", None)]
 
 
 def test_what_a_user_has_to_mend_is_not_tried_again(ray_session, pruning_phase, tmp_path):

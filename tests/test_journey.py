@@ -2,13 +2,10 @@
 
 import json
 import math
-import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-import psutil
 import pytest
 from journeys import (
     GOLDEN,
@@ -16,12 +13,10 @@ from journeys import (
     SHARED,
     Journey,
     check_data_account,
-    end_with_children,
     environment,
     largest_loss_difference,
     last_rows,
     redpajama_journey,
-    wait_until,
 )
 
 needs_sample = pytest.mark.skipif(
@@ -218,58 +213,6 @@ def test_other_ways_to_choose_what_stays(tmp_path, road):
     assert models["recovered"]["parameters"] == extraction["parameters"]["target"]
     assert models["recovered"]["mean_loss"] < models["pruned"]["mean_loss"]
     check_nothing_is_done_again(journey, STAGES)
-
-
-@pytest.fixture
-def cluster(tmp_path):
-    """A cluster by `ray start --head` with ports and a folder of its own; the environment that reaches it."""
-    ports = free_ports(6)
-    with tempfile.TemporaryDirectory(prefix="shear-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        words = environment() | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
-        words["PATH"] = f"{Path(sys.executable).parent}:{words['PATH']}"
-        names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port",
-                 "dashboard-agent-grpc-port", "metrics-export-port")  # fmt: skip
-        given = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
-        log = tmp_path / "ray-start.log"
-        with log.open("w") as file:
-            head = subprocess.Popen(
-                ["ray", "start", "--head", "--block", "--num-cpus=6", f"--temp-dir={folder}", *given],
-                env=words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        try:
-            address = f"http://127.0.0.1:{ports[1]}"
-            ready = ["ray", "job", "list", f"--address={address}"]
-
-            def answers() -> bool:
-                done = subprocess.run(ready, env=words, capture_output=True, check=False)
-                return head.poll() is not None or done.returncode == 0
-
-            wait_until(answers, "the cluster", every_s=1)
-            assert head.poll() is None, log.read_text()
-            yield words | {"RAY_API_SERVER_ADDRESS": address}
-        finally:
-            end_with_children(head)
-            end_of(folder)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def end_of(folder: str) -> None:
-    """End what a node started for itself: processes that name its folder, which no other node has."""
-    for process in psutil.process_iter():
-        try:
-            if folder in " ".join(process.cmdline()):
-                process.kill()
-        except psutil.Error:
-            continue
 
 
 @pytest.mark.slow

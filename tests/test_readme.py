@@ -56,6 +56,7 @@ COVERED = {
     "python pipelines/slice_model.py pipelines/recipes/quickstart.yaml --plan": f"{HERE}::test_plan_of_slicing",
     "python pipelines/slice_model.py pipelines/recipes/quickstart.yaml "
     "source.train=null source.model=runs/quickstart/source recovery.lora.rank=16": f"{HERE}::test_plan_of_slicing",
+    "python pipelines/show_run.py runs/quickstart": "tests/pipelines/test_show_run.py::test_shows_once",
     "python benchmarks/NAME.py": "tests/test_benchmarks.py",
     "python benchmarks/study/study.py": "tests/test_study.py::test_the_whole_study_at_its_smallest",
 }

@@ -93,6 +93,9 @@ class EngineConfig(Config):
     max_failures: int = Field(3, ge=-1, description="Worker failures that a phase survives; -1 is without limit")
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
+
 class EvaluationConfig(Config):
     """The held-out evaluation that steers the mixture, and the scores at the end."""
 

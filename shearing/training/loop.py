@@ -312,6 +312,7 @@ class Trainer:
         began_s = time.perf_counter()
         sums, losses = self._held_out_losses(self.held_out)
         self.evaluated_step = self.state.step
+        measured_s = time.perf_counter()
         if update:
             self.state = replace(self.state, mixture=self.mixture.submit(self.state.step, self.state.mixture, sums))
         return {
@@ -323,12 +324,18 @@ class Trainer:
             "proportions": self.state.mixture.proportions,
             "version": self.state.mixture.version,
             "seconds": time.perf_counter() - began_s,
+            "mixture_wait_s": time.perf_counter() - measured_s,
         }
 
 
 def event_report(step: int, event: str, text: str) -> Report:
     """Something that happened once, for the log."""
     return {"kind": "event", "step": step, "time": time.time(), "event": event, "text": text}
+
+
+def checkpoint_report(step: int, name: str, seconds: float) -> Report:
+    """A checkpoint that is on storage, whole."""
+    return {"kind": "checkpoint", "step": step, "time": time.time(), "name": name, "seconds": seconds}
 
 
 def sequence_losses(logits_BTV: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 Everything here runs the same in a plain process group and under Ray Train.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from shearing.errors import UserError
 from shearing.evaluation.held_out import held_out_sequences
 from shearing.models.directories import local_directory
 from shearing.models.family import family_of
+from shearing.models.flops import peak_flops_per_s, training_flops_per_token
 from shearing.models.loading import load_model, new_model, read_config
 from shearing.pruning.config import PruningConfig
 from shearing.pruning.gates import gates_for
@@ -35,12 +37,13 @@ from shearing.training.config import (
     EngineConfig,
     EvaluationConfig,
     LoraConfig,
+    TrackerName,
     TrainingConfig,
     WatchdogConfig,
 )
 from shearing.training.distillation import Teacher
 from shearing.training.engine import DTYPES, Engine, deepspeed_config, partitioned_loading
-from shearing.training.loop import MixtureClient, Trainer, TrainState
+from shearing.training.loop import MixtureClient, Report, Trainer, TrainState
 from shearing.training.mask_learning import MaskLearner
 from shearing.training.watchdog import Watchdog
 from shearing.training.zeros import keep_zeros
@@ -68,6 +71,7 @@ class PhaseConfig(Config):
     distillation: DistillationConfig | None = None
     lora: LoraConfig | None = None
     keep_zeros: bool = False
+    trackers: tuple[TrackerName, ...] = ()
 
     @property
     def pruning(self) -> PruningConfig | None:
@@ -137,6 +141,28 @@ def build_trainer(phase: PhaseConfig, place: Place, source: SequenceSource, mixt
         teacher=teacher,
         lora=phase.lora,
     )
+
+
+def start_report(phase: PhaseConfig, trainer: Trainer) -> Report:
+    """What holds for all steps that one life of the workers makes, for the log.
+
+    FLOPs are the model's own, without a teacher's; the peak is of one worker's device, None where it is not known.
+    """
+    config = trainer.engine.model.config
+    sequence_tokens = phase.training.global_batch_tokens // trainer.stream.batch_sequences
+    device = trainer.engine.device
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "kind": "start",
+        "step": trainer.state.step,
+        "time": time.time(),
+        "workers": trainer.stream.world,
+        "device": device_name,
+        "planned_steps": phase.training.steps,
+        "sequences": trainer.stream.sequences,
+        "flops_per_token": training_flops_per_token(config, sequence_tokens),
+        "peak_flops_per_s": peak_flops_per_s(device_name, phase.engine.dtype),
+    }
 
 
 def _teacher(phase: PhaseConfig, dtype: torch.dtype, place: Place) -> Teacher | None:

@@ -85,3 +85,45 @@ class TestNewer:
         rows = log.newer(0)
         assert len(rows) == run_log.KEPT_ROWS
         assert rows[-1][1] == {"step": run_log.KEPT_ROWS + 6}
+
+
+class Shown:
+    """A watcher that remembers, and fails at a step or from the first."""
+
+    def __init__(self, fails_at=None):
+        self.rows, self.fails_at = [], fails_at
+
+    def __call__(self, workspace_uri, phase):
+        if self.fails_at == "start":
+            raise ImportError("no such tracker here")
+        return self
+
+    def recall(self, row):
+        self.rows.append(("recalled", row["step"]))
+
+    def see(self, row):
+        if row["step"] == self.fails_at:
+            raise OSError("the tracker's server is gone")
+        self.rows.append(("seen", row["step"]))
+
+
+class TestWatchers:
+    def test_see_every_row_and_are_told_what_was_before(self, workspace):
+        # catches sums and counts that start anew with each life of the log
+        RunLog(workspace, "pruning").push([{"step": 1}])
+        shown = Shown()
+        if not open_store(workspace).is_local:
+            open_store(workspace).write_bytes("metrics/pruning.jsonl", b'{"step": 1}\n')
+        log = RunLog(workspace, "pruning", [shown])
+        log.push([{"step": 2}, {"step": 3}])
+        assert shown.rows == [("recalled", 1), ("seen", 2), ("seen", 3)]
+
+    def test_one_that_fails_ends_nothing(self, workspace):
+        # catches a run that dies of a tracker, or a broken tracker that is asked at every step
+        broken, missing, sound = Shown(fails_at=2), Shown(fails_at="start"), Shown()
+        log = RunLog(workspace, "pruning", [missing, broken, sound])
+        log.push([{"step": 1}, {"step": 2}, {"step": 3}])
+        log.flush()
+        assert written(workspace) == [{"step": 1}, {"step": 2}, {"step": 3}]
+        assert broken.rows == [("seen", 1)]
+        assert [step for _, step in sound.rows] == [1, 2, 3]

@@ -22,6 +22,13 @@ def test_a_good_recipe_has_no_problem(problems):
     assert problems() == []
 
 
+def test_a_tracker_that_is_not_installed(problems, monkeypatch):
+    """A run that goes on for days and shows nothing."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (problem,) = problems("trackers=[wandb]")
+    assert "pip install wandb" in problem
+
+
 BAD = [
     (["corpus.domains.wiki.text=nowhere"], "corpus.domains.wiki.text"),
     (["corpus.domains={}"], "corpus.domains is empty"),
@@ -29,6 +36,7 @@ BAD = [
     (["corpus.domains.wiki.proportion=0.8"], "sum to 1.05, not 1 (allowed error 1e-06). Scaled to 1 they are: wiki"),
     (["corpus.split.eval=0.5", "corpus.split.prune=0.5"], "leave nothing to the train split"),
     (["source.model=null"], "neither given"),
+    (["trackers=[tensorboard]", "workspace=memory://bucket/run"], "which writes into the workspace"),
     (["source.model=models/none"], "is no directory"),
     (["pruning.target.num_heads=8"], "pruning.target.num_heads = 8 is larger than the source's 4"),
     (["pruning.target.hidden_size=47"], "is not a multiple of num_heads = 3"),

@@ -1,0 +1,96 @@
+"""Experiment trackers that a recipe asks for by name, fed with the same figures as the metrics."""
+
+import time
+from typing import Any
+
+from actors.metrics import Figures, Key, run_name
+from actors.run_log import MakeWatcher
+from shearing.storage import open_store
+from shearing.training.config import TrackerName
+
+FOLDER = "tracking"
+CLOCKS = ("shear_last_row_unix_seconds", "shear_checkpoint_unix_seconds", "shear_step")
+
+
+class Tracker:
+    """What all trackers share: rows become named scalars at a step.
+
+    A resumed phase repeats the steps after its checkpoint; a tracker then holds such a step twice.
+    """
+
+    def __init__(self) -> None:
+        self.figures = Figures()
+
+    def recall(self, row: dict[str, Any]) -> None:
+        """Take in a row that was shown already, so that sums go on."""
+        self.figures.see(row)
+
+    def see(self, row: dict[str, Any]) -> None:
+        """Show what a new row says."""
+        self.figures.see(row)
+        scalars = {scalar_name(key): value for key, value in self.figures.changed.items() if key[0] not in CLOCKS}
+        self.write(scalars, row["step"])
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        """Hand scalars to the tracker."""
+        raise NotImplementedError
+
+
+def scalar_name(key: Key) -> str:
+    """`loss_nats_per_token/wiki` of a metric's name and labels."""
+    name, labels = key
+    return "/".join([name.removeprefix("shear_"), *(value for _, value in labels)])
+
+
+class TensorBoard(Tracker):
+    """Event files in `<workspace>/tracking/tensorboard/<phase>`; the workspace has to be a folder."""
+
+    def __init__(self, workspace_uri: str, phase: str) -> None:
+        super().__init__()
+        from tensorboard.summary import Writer
+
+        folder = open_store(workspace_uri).child(f"{FOLDER}/tensorboard/{phase}")
+        self.writer = Writer(folder.path)
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        """Append to the event file."""
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step=step)
+        self.writer.flush()
+
+
+class WeightsAndBiases(Tracker):
+    """A run of its own for each phase; account and mode come from wandb's environment variables."""
+
+    def __init__(self, workspace_uri: str, phase: str) -> None:
+        super().__init__()
+        import wandb
+
+        self.run = wandb.init(project="shear", name=phase, group=run_name(workspace_uri))
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        """Log with the phase's own step, since wandb's may not go back when a phase resumes."""
+        self.run.log(scalars | {"training_step": step})
+
+
+class MLflow(Tracker):
+    """A run of its own for each phase; the server comes from MLFLOW_TRACKING_URI."""
+
+    def __init__(self, workspace_uri: str, phase: str) -> None:
+        super().__init__()
+        import mlflow
+
+        self.client = mlflow.tracking.MlflowClient()
+        experiment = mlflow.set_experiment("shear")
+        tags = {"workspace": run_name(workspace_uri), "phase": phase}
+        self.run_id = self.client.create_run(experiment.experiment_id, tags=tags, run_name=phase).info.run_id
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        """Log in one request."""
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        self.client.log_batch(self.run_id, [Metric(name, value, now_ms, step) for name, value in scalars.items()])
+
+
+TRACKERS: dict[TrackerName, MakeWatcher] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}

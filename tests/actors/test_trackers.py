@@ -1,0 +1,40 @@
+"""Trackers by the files that they leave, read with the trackers' own readers."""
+
+import math
+from typing import get_args
+
+import pytest
+from test_metrics import CHECKPOINT, EVALUATION, RESUMED, START, STEP
+
+from actors.trackers import TRACKERS, TensorBoard, scalar_name
+from shearing.training.config import TrackerName
+
+
+def test_every_name_of_a_recipe_has_a_tracker():
+    """A word that the recipe allows and nothing answers to."""
+    assert set(TRACKERS) == set(get_args(TrackerName))
+
+
+def test_names():
+    assert scalar_name(("shear_proportion", (("domain", "wiki"),))) == "proportion/wiki"
+    assert scalar_name(("shear_gradient_norm", ())) == "gradient_norm"
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    """Figures at the wrong step, or an earlier life's shown twice."""
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracker = TensorBoard(str(tmp_path), "pruning")
+    for row in (START, RESUMED, STEP | {"step": 1}):
+        tracker.recall(row)
+    for row in (STEP | {"step": 2}, STEP, EVALUATION, CHECKPOINT):
+        tracker.see(row)
+    (folder,) = (tmp_path / "tracking" / "tensorboard").iterdir()
+    found = reading.EventAccumulator(str(folder), size_guidance={reading.TENSORS: 0})
+    found.Reload()
+    names = found.Tags()["tensors"]
+    assert {"training_loss_nats_per_token", "loss_nats_per_token/wiki", "sparsity/head"} <= set(names)
+    losses = found.Tensors("training_loss_nats_per_token")
+    assert [(each.step, float(each.tensor_proto.float_val[0])) for each in losses] == [(2, 2.5), (3, 2.5)]
+    spent = found.Tensors("spent_seconds/compute")
+    assert math.isclose(spent[-1].tensor_proto.float_val[0], 4.5), "what was recalled counts"
+    assert not [name for name in names if "unix_seconds" in name]

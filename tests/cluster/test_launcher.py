@@ -1,0 +1,64 @@
+"""The launcher's files by Ray's own schema, offline; and what they promise about tokens, storage and prices."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from orchestrator.ray_session import ADDRESS_VARIABLE
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "cluster" / "launcher").glob("*.yaml"))
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem)
+def config(request):
+    return yaml.safe_load(request.param.read_text())
+
+
+def test_all_three_are_there():
+    assert [path.stem for path in FILES] == ["aws", "gcp", "local"]
+    assert ADDRESS_VARIABLE == "RAY_ADDRESS"  # what cluster/README.md has readers set
+
+
+def test_rays_own_schema(config):
+    """A key that `ray up` refuses, or fills in otherwise than one thinks."""
+    prepared = prepare_config(config)
+    validate_config(prepared)
+    bounds = {
+        name: (kind["min_workers"], kind["max_workers"]) for name, kind in prepared["available_node_types"].items()
+    }
+    if config["provider"]["type"] == "local":
+        assert (2, 2) in bounds.values()
+    else:
+        assert bounds == {"head": (0, 0), "gpu_on_demand": (1, 4), "gpu_spot": (0, 4)}
+
+
+def test_a_misspelt_key_is_refused(config):
+    """Keeps the test above from passing on anything."""
+    with pytest.raises(Exception, match="idle_timeout_minuts"):
+        validate_config(prepare_config(config | {"idle_timeout_minuts": 5}))
+
+
+def test_every_ray_starts_with_the_token_and_no_open_dashboard(config):
+    """A cluster on which everybody who reaches a port runs what they like."""
+    starts = [command for key in ("head", "worker") for command in config[f"{key}_start_ray_commands"]]
+    starts = [command for command in starts if "ray start" in command]
+    assert len(starts) == 2
+    assert all("RAY_AUTH_MODE=token ray start" in command for command in starts)
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    text = str(config)
+    assert "0.0.0.0" not in text
+    assert "--volume /shared:/shared" in text
+
+
+def test_spot_and_on_demand_are_the_same_machine():
+    """A spot node whose GPUs do not fit beside the others in one group of workers."""
+    for path in FILES[:2]:
+        kinds = yaml.safe_load(path.read_text())["available_node_types"]
+        spot, sure = kinds["gpu_spot"], kinds["gpu_on_demand"]
+        assert spot["resources"] == sure["resources"]
+        differing = {key for key in spot["node_config"] if spot["node_config"][key] != sure["node_config"].get(key)}
+        assert len(differing) == 1, "the market alone"

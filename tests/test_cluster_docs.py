@@ -1,0 +1,54 @@
+"""What cluster/README.md says: paths, commands' options, and names that other files have."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
+
+
+def test_paths_and_links_resolve():
+    """A file that was renamed."""
+    for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert link.startswith("https://") or (ROOT / "cluster" / link).exists(), link
+    named = re.findall(r"\b((?:pipelines|cluster|tests)/[\w./-]*\w)", TEXT)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    for folder, files in re.findall(r"^    (\w+)/ +([\w., -]+?)(?:   .*)?$", TEXT, flags=re.MULTILINE):
+        for name in files.split(", "):
+            assert (ROOT / "cluster" / folder / name).is_file(), name
+
+
+def test_every_folder_is_told_of():
+    """A way to run that nobody finds."""
+    there = {path.name for path in (ROOT / "cluster").iterdir() if path.is_dir()}
+    assert there == set(re.findall(r"^    (\w+)/ ", TEXT, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("words", ["up", "down", "dashboard", "job submit", "job stop", "job status", "get-auth-token"])
+def test_rays_commands_exist(words):
+    """A command of another release of Ray, or an option that it does not take."""
+    assert f"ray {words}" in TEXT
+    ray = shutil.which("ray", path=str(Path(sys.executable).parent))
+    done = subprocess.run([ray, *words.split(), "--help"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    used = {option for line in TEXT.splitlines() for option in re.findall(rf"ray {words} (.*)", line)}
+    for options in used:
+        for option in re.findall(r"(?<!\S)(--[a-z-]+)", options.split(" -- ")[0]):
+            assert option in done.stdout, option
+
+
+def test_kubernetes_names_are_the_files():
+    """A port-forward to a service that has another name; logs of a job that is not there."""
+    documents = {name: list(yaml.safe_load_all((ROOT / "cluster" / "kuberay" / name).read_text()))[-1]
+                 for name in ("raycluster.yaml", "rayjob.yaml")}  # fmt: skip
+    names = {name: document["metadata"]["name"] for name, document in documents.items()}
+    assert f"service/{names['raycluster.yaml']}-head-svc" in TEXT
+    assert f"job/{names['rayjob.yaml']}" in TEXT
+    assert f"edit raycluster {names['raycluster.yaml']}`" in TEXT
