@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from phase_runs import SEQUENCE_TOKENS, SEQUENCES, largest_difference, new_trainer, run_phase, save_all
+from phase_runs import (
+    SEQUENCE_TOKENS,
+    SEQUENCES,
+    checkpoints_asked_for,
+    largest_difference,
+    new_trainer,
+    run_phase,
+    save_all,
+)
 
 from shearing.data.manifest import load_manifest
 from shearing.models.loading import new_model, read_config
@@ -14,7 +22,7 @@ from shearing.training import checkpoint
 from shearing.training.checkpoint import CheckpointReader
 from shearing.training.consumed import SequenceRepeatedError
 from shearing.training.engine import DTYPES
-from shearing.training.loop import training_reports
+from shearing.training.loop import Wish, training_reports
 
 SAVED_AFTER = 3  # not an evaluation's step: the next batch is being read while the state is saved
 CASES = {
@@ -125,6 +133,15 @@ class TestBatchThatWorkersDoNotDivide:
         shared = two_processes.run(run_phase, tiny_run.phase(engine={"micro_batch_sequences": 1}, **changed))
         assert [len(run.draws[0]) for run in shared] == [3, 2]
         close(shared[0].history(), alone.history(), 1e-5)
+
+
+class TestAskedFor:
+    def test_what_one_rank_asks_all_do(self, tiny_run, two_processes):
+        """Catches ranks that disagree about a checkpoint, one that is written again at every step, and one that falls
+        between a step and the evaluation that belongs to it."""
+        phase, wishes = tiny_run.phase(), {1: {3: Wish(save=True), 4: Wish(leave=True)}}
+        runs = two_processes.run(checkpoints_asked_for, phase, wishes)
+        assert runs[0] == runs[1] == [(3, Wish(save=True)), (6, Wish())]
 
 
 class TestSaved:
