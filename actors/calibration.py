@@ -92,7 +92,7 @@ class SharesOnCluster:
 def calibration_workers(share: Callable[..., Any], settings: CalibrationSettings) -> Iterator[SharesOnCluster]:
     """The workers of a calibration, which end with it."""
     engine = settings.engine
-    world = min(engine.workers, settings.sequences)
+    world = min(engine.least_workers, settings.sequences)
     options = {"num_cpus": engine.cpus_per_worker, "num_gpus": engine.gpus_per_worker}
     remote: Any = ray.remote(CalibrationWorker).options(**options)
     workers = [remote.remote(share, settings, rank, world) for rank in range(world)]

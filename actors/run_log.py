@@ -41,6 +41,7 @@ class RunLog:
         self.name = f"{phase}.jsonl"
         self.rows: deque[tuple[int, dict[str, Any]]] = deque(maxlen=KEPT_ROWS)
         self.last_number = 0
+        self.leaving = False
         earlier = self.store.read_bytes(self.name) if self.store.exists(self.name) else b""
         earlier = self.text = earlier[: earlier.rfind(b"\n") + 1]  # a killed writer leaves half a line
         if self.store.is_local:
@@ -55,8 +56,12 @@ class RunLog:
         for line in earlier.splitlines() if self.watchers else ():
             self._tell("recall", json.loads(line))
 
-    def push(self, rows: list[dict[str, Any]]) -> None:
-        """Write rows and keep them for `newer`."""
+    def ask_to_leave(self) -> None:
+        """From now on every push is answered with True: the workers are to save a checkpoint and leave."""
+        self.leaving = True
+
+    def push(self, rows: list[dict[str, Any]]) -> bool:
+        """Write rows and keep them for `newer`. Whether the workers are asked to leave."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         for row in rows:
             self.last_number = max(self.last_number + 1, time.time_ns())  # goes on rising in a restarted actor
@@ -68,6 +73,7 @@ class RunLog:
             self.text += text
         for row in rows:
             self._tell("see", row)
+        return self.leaving
 
     def _tell(self, how: str, row: dict[str, Any]) -> None:
         for watcher in list(self.watchers):

@@ -27,6 +27,7 @@ from actors.feeder import FeedPlan, RayDataSource, start_feeder
 from actors.metrics import RunMetrics
 from actors.run_log import RunLog
 from actors.trackers import TRACKERS
+from actors.wishes import Wishes, resources_per_worker
 from shearing.data.manifest import load_manifest
 from shearing.errors import UserError
 from shearing.storage import Store, open_store
@@ -39,6 +40,9 @@ from shearing.training.watchdog import TrainingDivergedError
 KEPT_CHECKPOINTS = 2
 POLL_S = 1.0
 SETUP_ATTEMPTS = 3
+LEAVE_WITHIN_S = 120.0
+LOOK_FOR_ROOM_EVERY_S = 60.0
+NEVER_S = 1e9
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,14 @@ def run_phase(phase: PhaseConfig, workspace_uri: str, on_report: Callable[[Repor
         folder = checkpoints.child(phase.name)
         settle_checkpoints(folder)
         settings = {"phase": phase, "checkpoints": folder.uri} | actors
-        returned = _in_thread(lambda: _fit(settings, checkpoints))
+        stopping = threading.Event()
+
+        def leave() -> None:
+            stopping.set()
+            on_report(event_report(0, "stopping", "saving a checkpoint first; ask again to stop at once"))
+            ray.get(actors["log"].ask_to_leave.remote())
+
+        returned = _in_thread(lambda: _fit(settings, checkpoints, stopping), leave)
         settle_checkpoints(folder)
     if returned["problems"]:
         raise UserError(returned["problems"])
@@ -102,10 +113,11 @@ def _phase_actors(phase: PhaseConfig, workspace: Store) -> Iterator[dict[str, An
         yield {"log": log, "weights": weights, "feeder": feeder}
 
 
-def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _in_thread(work: Callable[[], dict[str, Any]], leave: Callable[[], None]) -> dict[str, Any]:
     """What `work` returns or raises, done in a thread of its own.
 
     In the main thread Ray Train would put its own handler of Ctrl-C in place of the driver's, and leave it there.
+    Where this thread is asked to stop, `leave` tells the workers, and they have a while for it.
     """
     returned: list[dict[str, Any]] = []
     raised: list[BaseException] = []
@@ -118,25 +130,48 @@ def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        leave()
+        thread.join(timeout=LEAVE_WITHIN_S)
+        raise
     if raised:
         raise raised[0]
     return returned[0]
 
 
-def _fit(settings: dict[str, Any], checkpoints: Store) -> dict[str, Any]:
+def _fit(settings: dict[str, Any], checkpoints: Store, stopping: threading.Event) -> dict[str, Any]:
+    """Worker groups, one after another while they leave for a larger one; what the last returned."""
+    before, look_every_s = 0, LOOK_FOR_ROOM_EVERY_S
+    while True:
+        returned = _fit_group(settings | {"look_every_s": look_every_s}, checkpoints)
+        if not returned.get("left") or stopping.is_set():
+            return returned
+        if returned["left"] == before:  # there was no room after all: somebody else was quicker, or it is in pieces
+            look_every_s *= 4
+        before = returned["left"]
+
+
+def _fit_group(settings: dict[str, Any], checkpoints: Store) -> dict[str, Any]:
     phase: PhaseConfig = settings["phase"]
     engine = phase.engine
-    resources = {"CPU": engine.cpus_per_worker} | ({"GPU": engine.gpus_per_worker} if engine.gpus_per_worker else {})
     worker: Any = train_worker
+    scaling: Any = ScalingConfig  # typed as the older one, whose number of workers was fixed
 
     def trainer() -> TorchTrainer:
         return TorchTrainer(
             worker,
             train_loop_config=settings,
             torch_config=TorchConfig(backend="nccl" if engine.gpus_per_worker else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=engine.workers, use_gpu=bool(engine.gpus_per_worker), resources_per_worker=resources
+            scaling_config=scaling(
+                num_workers=(
+                    engine.workers if isinstance(engine.workers, int) else (engine.least_workers, engine.most_workers)
+                ),
+                use_gpu=bool(engine.gpus_per_worker),
+                resources_per_worker=resources_per_worker(engine),
+                # a group that runs is never resized from outside: it leaves by itself, after a checkpoint
+                elastic_resize_monitor_interval_s=NEVER_S,
             ),
             run_config=RunConfig(
                 name=phase.name,
@@ -177,7 +212,9 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 def _train(settings: dict[str, Any], place: Place, log: "_RankLog") -> dict[str, Any]:
     attempt = _agreed(secrets.token_hex(4))
     weights = DomainWeightsClient(settings["weights"], place.rank, place.world, attempt)
-    trainer = build_trainer(settings["phase"], place, RayDataSource(settings["feeder"]), weights)
+    phase: PhaseConfig = settings["phase"]
+    wishes = Wishes(phase.engine, place, log.asked_to_leave, settings["look_every_s"])
+    trainer = build_trainer(phase, place, RayDataSource(settings["feeder"]), weights, wishes.now)
     name = ""
     # rank 0 looks, for all ranks have to see the same
     found = newest_checkpoint(open_store(settings["checkpoints"])) if place.rank == 0 else None
@@ -187,15 +224,19 @@ def _train(settings: dict[str, Any], place: Place, log: "_RankLog") -> dict[str,
         name, step = checkpoint_name(checkpoint), trainer.state.step
         workers = "1 worker" if place.world == 1 else f"{place.world} workers"
         log.push(event_report(step, "resumed", f"goes on from step {step:,} with {workers}"))
-    log.push(start_report(settings["phase"], trainer))
+    log.push(start_report(phase, trainer))
+    leaving = False
     try:
         for report in training_reports(trainer):
             log.push(report)
+            leaving = leaving or trainer.wish.leave
             if trainer.settled(report) and trainer.checkpoint_due():
                 log.flush()
                 began_s = time.perf_counter()
                 name = _checkpoint(trainer, attempt)
                 log.push(checkpoint_report(trainer.state.step, name, time.perf_counter() - began_s))
+                if leaving and not trainer.finished():
+                    return {"checkpoint": name, "left": place.world}
     except TrainingDivergedError as error:
         kept = f"the last good checkpoint is {name}" if name else "no checkpoint had been written"
         raise TrainingDivergedError(f"{error}; {kept}. A run with other settings needs its own workspace=...") from None
@@ -219,10 +260,18 @@ class _RankLog:
     def __init__(self, actor: Any | None) -> None:
         self.actor = actor
         self.sent: list[Any] = []
+        self.asked = False
 
     def push(self, report: Report) -> None:
         if self.actor is not None:
             self.sent = [*self.sent[-100:], self.actor.push.remote([report])]
+
+    def asked_to_leave(self) -> bool:
+        """Whether the driver wants the workers to leave, as far as the log has answered."""
+        if self.sent and not self.asked:
+            answered, _ = ray.wait(self.sent[-2:], num_returns=1, timeout=0)
+            self.asked = any(ray.get(answered))
+        return self.asked
 
     def flush(self) -> None:
         if self.actor is not None:

@@ -143,7 +143,7 @@ def read_rows(rows: list[dict[str, Any]], checkpoint_every: int, skipped: int) -
 def bare_loop(phase: PhaseConfig, rendezvous: str, rank: int, skipped: int) -> Side:
     """The same training on one of several processes, with nothing around it."""
     os.nice(RAY_NICENESS)
-    world, engine_config = phase.engine.workers, phase.engine
+    world, engine_config = phase.engine.most_workers, phase.engine
     torch.set_num_threads(max(1, int(engine_config.cpus_per_worker)))
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
@@ -200,7 +200,7 @@ def measure(recipe: Recipe, phase: PhaseConfig, folder: Path, options: argparse.
 
     def bare(number: int) -> Side:
         meeting = str(folder / f"rendezvous-{number}")
-        ranks = range(phase.engine.workers)
+        ranks = range(phase.engine.most_workers)
         return in_processes([(phase, meeting, rank, options.skip) for rank in ranks], bare_loop)[0]
 
     sides: dict[str, list[Side]] = {"bare loop": [], "whole path": []}
@@ -275,8 +275,8 @@ def main() -> None:
         recipe = load_recipe(str(QUICKSTART), texts + options.overrides)
         phase = make_phase(recipe, folder, options)
         print(
-            f"{phase.engine.workers} workers x {max(1, int(phase.engine.cpus_per_worker))} threads on {os.cpu_count()} "
-            f"cores, ZeRO {phase.engine.zero_stage}, {phase.engine.dtype}; "
+            f"{phase.engine.most_workers} workers x {max(1, int(phase.engine.cpus_per_worker))} threads on "
+            f"{os.cpu_count()} cores, ZeRO {phase.engine.zero_stage}, {phase.engine.dtype}; "
             f"{phase.training.global_batch_tokens:,} tokens a step; {options.steps} steps, {options.skip} not timed"
         )
         print(summary(measure(recipe, phase, folder, options)))

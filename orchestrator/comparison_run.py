@@ -64,7 +64,7 @@ def runs_at_once(recipe: Recipe, cpus: float | None, gpus: float | None = None) 
     """
     assert recipe.comparison is not None
     engine, asked = recipe.engine, recipe.comparison.at_once
-    workers = recipe.comparison.workers or engine.workers
+    workers = recipe.comparison.workers or engine.most_workers
     if cpus is not None:
         possible = cpus / (workers * engine.cpus_per_worker + CPU_FOR_DATA)
     elif asked is not None:

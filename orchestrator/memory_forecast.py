@@ -54,8 +54,11 @@ def worker_memory(
     gates: int = 0,
     teacher_parameters: int = 0,
 ) -> WorkerMemory:
-    """Bytes on each worker while a model of `parameters`, or `adapters` beside them, is trained: see FORMULAS."""
-    size, workers = DTYPE_BYTES[engine.dtype], engine.workers
+    """Bytes on each worker, with the fewest, while a model of `parameters`, or `adapters` beside them, is trained.
+
+    By the formulas in FORMULAS.
+    """
+    size, workers = DTYPE_BYTES[engine.dtype], engine.least_workers
     tokens = engine.micro_batch_sequences * sequence_tokens
     attention = 2 * (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_size
     a_layer = size * tokens * (8 * shape.hidden_size + attention + 4 * shape.intermediate_size)

@@ -229,7 +229,7 @@ def _phases(recipe: Recipe, facts: SourceFacts) -> list[PhasePlan]:
                 most_steps=training.most_steps,
                 tokens=training.steps * training.global_batch_tokens,
                 batch_sequences=sequences,
-                accumulation_steps=sequences / (engine.workers * engine.micro_batch_sequences),
+                accumulation_steps=sequences / (engine.most_workers * engine.micro_batch_sequences),
                 memory=memory,
                 checkpoint_bytes=checkpoint,
             )

@@ -78,8 +78,10 @@ def _phase_lines(plan: Plan) -> Iterator[str]:
         )
     engine = plan.engine
     per_worker = f"{engine.cpus_per_worker:g} CPUs and {engine.gpus_per_worker:g} GPUs"
+    least, most = engine.least_workers, engine.most_workers
+    count = f"{most}" if least == most else f"{least} to {most}"
     yield (
-        f"  on {engine.workers} workers of {per_worker} each, ZeRO {engine.zero_stage}, {engine.dtype}, "
+        f"  on {count} workers of {per_worker} each, ZeRO {engine.zero_stage}, {engine.dtype}, "
         f"{engine.micro_batch_sequences} sequences a forward pass"
     )
     yield f"  (batch in sequences; each phase keeps {KEPT_CHECKPOINTS} checkpoints)"

@@ -135,7 +135,14 @@ def _batch_problems(recipe: Recipe, key: str, batch_tokens: int) -> list[str]:
             f"{key}.global_batch_tokens = {batch_tokens:,} is not a multiple of corpus.sequence_tokens = "
             f"{sequence_tokens:,}. Set {key}.global_batch_tokens={nearest}."
         ]
-    sequences, at_once = batch_tokens // sequence_tokens, engine.workers * engine.micro_batch_sequences
+    sequences = batch_tokens // sequence_tokens
+    if not isinstance(engine.workers, int):  # whatever their number, it need not divide the batch
+        return [
+            f"engine.workers.max = {engine.most_workers:,} is more than the {sequences:,} sequences of "
+            f"{key}.global_batch_tokens = {batch_tokens:,}, so some would have none. Set "
+            f"engine.workers.max={sequences}."
+        ] * (engine.most_workers > sequences)
+    at_once = engine.workers * engine.micro_batch_sequences
     if sequences % at_once == 0:
         return []
     micro = [m for m in _divisors(sequences) if sequences % (m * engine.workers) == 0]

@@ -62,23 +62,24 @@ def cluster_problems(recipe: Recipe, resources: dict[str, float], autoscaling: b
     A cluster that grows by itself may get what it lacks, so there it is a warning.
     """
     engine = recipe.engine
+    key = "engine.workers" if isinstance(engine.workers, int) else "engine.workers.min"
     found = []
     for kind, each, knob in (
         ("CPU", engine.cpus_per_worker, "cpus_per_worker"),
         ("GPU", engine.gpus_per_worker, "gpus_per_worker"),
     ):
-        there, wanted = resources.get(kind, 0.0), each * engine.workers
+        there, wanted = resources.get(kind, 0.0), each * engine.least_workers
         if wanted > there + 1e-9:
             possible = math.floor(there / each + 1e-9)
-            remedy = f"Set engine.workers={possible}" if possible else f"Set engine.{knob} to at most {there:g}"
+            remedy = f"Set {key}={possible}" if possible else f"Set engine.{knob} to at most {there:g}"
             found.append(
-                f"engine.workers = {engine.workers} with engine.{knob} = {each:g} need {wanted:g} {kind}s; the "
+                f"{key} = {engine.least_workers} with engine.{knob} = {each:g} need {wanted:g} {kind}s; the "
                 f"cluster has {there:g}. {remedy}, or add nodes."
             )
         elif kind == "CPU" and wanted > there - 1 + 1e-9:
-            fitting = max(0.1, math.floor((there - 1) / engine.workers * 10) / 10)
+            fitting = max(0.1, math.floor((there - 1) / engine.least_workers * 10) / 10)
             found.append(
-                f"engine.workers = {engine.workers} with engine.cpus_per_worker = {each:g} take {wanted:g} of the "
+                f"{key} = {engine.least_workers} with engine.cpus_per_worker = {each:g} take {wanted:g} of the "
                 f"cluster's {there:g} CPUs and leave less than the one that reading data needs, so training would wait "
                 f"for ever. Set engine.cpus_per_worker={fitting:g}, or add nodes."
             )
@@ -90,7 +91,7 @@ def logical_cpus(recipe: Recipe, runs_at_once: int = 1) -> int:
 
     They are for scheduling alone. With fewer, workers hold every CPU and the read tasks they wait for never start.
     """
-    wanted = recipe.engine.workers * recipe.engine.cpus_per_worker + CPU_FOR_ACTORS + CPU_FOR_DATA
+    wanted = recipe.engine.most_workers * recipe.engine.cpus_per_worker + CPU_FOR_ACTORS + CPU_FOR_DATA
     return max(os.cpu_count() or 1, math.ceil(runs_at_once * wanted))
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # Keys that may change between two runs in one workspace: they say where and how fast, not what comes out.
 FREE_KEYS = (
     "corpus.path", "corpus.root", "corpus.malformed_limit", "*.checkpoint_every_steps",
-    "mixture.on_exhausted", "engine.workers", "engine.cpus_per_worker", "engine.gpus_per_worker", "engine.zero_stage",
+    "mixture.on_exhausted", "engine.workers", "engine.workers.*",
+    "engine.cpus_per_worker", "engine.gpus_per_worker", "engine.zero_stage",
     "engine.micro_batch_sequences", "engine.activation_checkpointing", "engine.max_failures", "watchdog.*",
     "comparison.workers", "comparison.at_once",
 )  # fmt: skip

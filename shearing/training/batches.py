@@ -26,9 +26,10 @@ class Batch:
     mix: MixState
     wait_s: float
 
-    def micro_batches(self, sequences: int) -> Iterator[tuple[list[Draw], torch.Tensor]]:
-        """Pieces of at most `sequences` sequences, in order."""
-        for start in range(0, len(self.draws), sequences):
+    def micro_batches(self, sequences: int, count: int) -> Iterator[tuple[list[Draw], torch.Tensor]]:
+        """`count` pieces of at most `sequences` sequences, in order; the last are smaller, or empty."""
+        assert len(self.draws) <= sequences * count
+        for start in range(0, sequences * count, sequences):
             yield self.draws[start : start + sequences], self.tokens_NT[start : start + sequences]
 
 
@@ -93,3 +94,8 @@ class BatchStream:
         sequences = plan.reading.result()
         tokens_NT = torch.from_numpy(sequences.tokens_NT.astype(np.int64))
         return Batch(plan.draws, tokens_NT, sequences.sequence_ids_N, plan.mix, time.perf_counter() - began)
+
+
+def micro_batches_per_rank(batch_sequences: int, world: int, micro_batch_sequences: int) -> int:
+    """Forward passes of each rank for one global batch; where they do not divide it, some ranks' last one is short."""
+    return -(-batch_sequences // (world * micro_batch_sequences))

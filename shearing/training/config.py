@@ -1,8 +1,8 @@
 """What a recipe says about training: the schedule of one phase, and the engine that all phases share."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from shearing.config import Config
 
@@ -80,10 +80,23 @@ class RecoveryConfig(TrainingConfig):
     lora: LoraConfig | None = Field(None, description="Train adapters alone; default: every weight")
 
 
+class WorkerRange(Config):
+    """As many workers as there is room for: fewer when nodes leave, more at a checkpoint once nodes have come."""
+
+    min: int = Field(1, ge=1, description="With room for fewer, training waits")
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WorkerRange":
+        if self.min > self.max:
+            raise ValueError(f"min is above max; set min to at most {self.max}")
+        return self
+
+
 class EngineConfig(Config):
     """The workers of every training phase and how DeepSpeed runs on them."""
 
-    workers: int = Field(1, ge=1)
+    workers: Annotated[int, Field(ge=1)] | WorkerRange = Field(1, description="A number, or {min: a, max: b}")
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
     zero_stage: Literal[1, 2, 3] = 1
@@ -91,6 +104,16 @@ class EngineConfig(Config):
     micro_batch_sequences: int = Field(1, ge=1, description="Sequences of one forward pass on one worker")
     activation_checkpointing: bool = False
     max_failures: int = Field(3, ge=-1, description="Worker failures that a phase survives; -1 is without limit")
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which training waits."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def most_workers(self) -> int:
+        """Workers where there is room for all."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
 
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]

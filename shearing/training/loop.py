@@ -5,7 +5,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from shearing.data.config import LossFrom
 from shearing.data.mixing import MixState, epoch_starts
 from shearing.data.mixture import MixtureState
 from shearing.evaluation.losses import LossSums, domain_loss_sums
-from shearing.training.batches import Batch, BatchStream
+from shearing.training.batches import Batch, BatchStream, micro_batches_per_rank
 from shearing.training.config import LoraConfig, TrainingConfig
 from shearing.training.consumed import ConsumedSequences
 from shearing.training.distillation import Teacher
@@ -28,6 +28,19 @@ from shearing.training.schedule import learning_rate
 from shearing.training.watchdog import Watchdog
 
 Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What somebody asks of a phase while it runs: a checkpoint at once, and that the workers leave after the next."""
+
+    save: bool = False
+    leave: bool = False
+
+
+def no_wish() -> Wish:
+    """Nobody asks anything."""
+    return Wish()
 
 
 class MixtureClient(Protocol):
@@ -101,12 +114,14 @@ class Trainer:
         loss_from: LossFrom = "eval",
         teacher: Teacher | None = None,
         lora: LoraConfig | None = None,
+        ask: Callable[[], Wish] = no_wish,
     ) -> None:
         self.config, self.engine, self.stream, self.mixture = config, engine, stream, mixture
         self.held_out, self.references = held_out, references
         self.state, self.watchdog, self.learner, self.teacher = state, watchdog, learner, teacher
         self.lora, self.micro_batch_sequences = lora, micro_batch_sequences
-        self.loss_from = loss_from
+        self.micro_batches = micro_batches_per_rank(stream.batch_sequences, stream.world, micro_batch_sequences)
+        self.loss_from, self.ask, self.wish = loss_from, ask, Wish()
         self.update_every_steps = config.evaluate_every_steps
         if loss_from == "train":
             self.update_every_steps = config.update_mixture_every_steps or config.evaluate_every_steps
@@ -150,19 +165,25 @@ class Trainer:
         sums = torch.zeros(len(self.domains), 3, dtype=torch.float64, device=self.engine.device)
         self.engine.begin_update(learning_rate(self.config, self.state.step))
         self.engine.model.train()
-        for draws, host_tokens_BT in batch.micro_batches(self.micro_batch_sequences):
+        count, whole = self.micro_batches, self.stream.batch_sequences
+        for draws, mine_BT in batch.micro_batches(self.micro_batch_sequences, count):
+            # a rank that has no sequence left goes along all the same: the others' collectives wait for it
+            host_tokens_BT = mine_BT if draws else mine_BT.new_zeros(1, mine_BT.shape[1])
             tokens_BT = host_tokens_BT.to(self.engine.device, non_blocking=True)
             logits_BTV = self.engine.logits(tokens_BT)
             loss_B = sequence_losses(logits_BTV, tokens_BT)
             divergence_B = torch.zeros_like(loss_B)
+            loss = loss_B.mean()
             if self.teacher:
                 divergence_B = self.teacher.divergences(logits_BTV, tokens_BT)
-                self.engine.accumulate(self.teacher.blend(loss_B.mean(), divergence_B.mean()))
-            else:
-                self.engine.accumulate(loss_B.mean())
-            domain_B = torch.tensor([self.domains.index(draw.domain) for draw in draws]).to(sums.device)
+                loss = self.teacher.blend(loss, divergence_B.mean())
+            # the engine takes the mean over ranks and micro-batches; every sequence has to count alike in it
+            self.engine.accumulate(loss * (len(draws) * count * self.stream.world / whole))
+            domains = [self.domains.index(draw.domain) for draw in draws]
+            domain_B = torch.tensor(domains, dtype=torch.long).to(sums.device)
             rows_B3 = torch.stack([loss_B.detach(), torch.ones_like(loss_B), divergence_B.detach()], dim=1).double()
-            sums.index_add_(0, domain_B, rows_B3)  # on the device: reading a loss here would wait for it
+            # on the device: reading a loss here would wait for it
+            sums.index_add_(0, domain_B, rows_B3[: len(draws)])
         return sums
 
     def update_gates(self) -> None:
@@ -172,8 +193,12 @@ class Trainer:
 
     def finish_step(self, batch: Batch, sums: torch.Tensor) -> Report:
         """Count the step, and say what it did. Raises TrainingDivergedError where the watchdog stops the phase."""
-        dist.all_reduce(sums)
-        total = sums.cpu()
+        wish = self.ask()
+        asked = torch.tensor([[wish.save, wish.leave, 0]]).to(sums)  # with the losses: ranks agree at no cost
+        summed = torch.cat([sums, asked])
+        dist.all_reduce(summed)
+        *_, (save, leave, _) = summed.tolist()
+        self.wish, total = Wish(save > 0, leave > 0), summed[:-1].cpu()
         loss = float(total[:, 0].sum() / total[:, 1].sum())
         rate, norm = learning_rate(self.config, self.state.step), self.engine.gradient_norm()
         self.watchdog.see_loss(self.state.step, loss, norm, self.config.learning_rate)
@@ -273,7 +298,7 @@ class Trainer:
         A checkpoint that falls on a step that the watchdog finds bad waits for the next good one.
         """
         step = self.state.step
-        due = step > 0 and (step % self.config.checkpoint_every_steps == 0 or self.finished())
+        due = step > 0 and (step % self.config.checkpoint_every_steps == 0 or self.finished() or self.wish.save)
         due, held = due or self.held_checkpoint, self.watchdog.suspicious and not self.finished()
         self.held_checkpoint = due and held
         return due and not held

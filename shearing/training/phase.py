@@ -4,6 +4,7 @@ Everything here runs the same in a plain process group and under Ray Train.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,6 @@ from shearing.data.manifest import Split, load_manifest
 from shearing.data.mixing import MixState
 from shearing.data.mixture import initial_state
 from shearing.data.source import SequenceSource
-from shearing.errors import UserError
 from shearing.evaluation.held_out import held_out_sequences
 from shearing.models.directories import local_directory
 from shearing.models.family import family_of
@@ -30,7 +30,7 @@ from shearing.pruning.lagrangian import ExtraSteps, Lagrangian
 from shearing.pruning.masks import attach_gates
 from shearing.storage import open_store
 from shearing.training.adapters import add_adapters
-from shearing.training.batches import BatchStream
+from shearing.training.batches import BatchStream, micro_batches_per_rank
 from shearing.training.checkpoint import LORA_KEY, CheckpointReader, load_checkpoint, save_checkpoint
 from shearing.training.config import (
     DistillationConfig,
@@ -43,7 +43,7 @@ from shearing.training.config import (
 )
 from shearing.training.distillation import Teacher
 from shearing.training.engine import DTYPES, Engine, deepspeed_config, partitioned_loading
-from shearing.training.loop import MixtureClient, Report, Trainer, TrainState
+from shearing.training.loop import MixtureClient, Report, Trainer, TrainState, Wish, no_wish
 from shearing.training.mask_learning import MaskLearner
 from shearing.training.watchdog import Watchdog
 from shearing.training.zeros import keep_zeros
@@ -88,19 +88,19 @@ class Place:
     device: torch.device
 
 
-def build_trainer(phase: PhaseConfig, place: Place, source: SequenceSource, mixture: MixtureClient) -> Trainer:
+def build_trainer(
+    phase: PhaseConfig,
+    place: Place,
+    source: SequenceSource,
+    mixture: MixtureClient,
+    ask: Callable[[], Wish] = no_wish,
+) -> Trainer:
     """Put a phase together at its first step. `restore` then moves it to a checkpoint's."""
     corpus = open_store(phase.corpus)
     manifest = load_manifest(corpus)
     domains = list(phase.proportions)
     batch_sequences = phase.training.global_batch_tokens // manifest.sequence_tokens
-    accumulation_steps = batch_sequences // (place.world * phase.engine.micro_batch_sequences)
-    if accumulation_steps * place.world * phase.engine.micro_batch_sequences != batch_sequences:
-        raise UserError(
-            f"a global batch of {batch_sequences} sequences does not divide over {place.world} workers of "
-            f"{phase.engine.micro_batch_sequences} sequences a micro-batch; change engine.workers, "
-            f"engine.micro_batch_sequences or {phase.name}.global_batch_tokens"
-        )
+    accumulation_steps = micro_batches_per_rank(batch_sequences, place.world, phase.engine.micro_batch_sequences)
     config = deepspeed_config(phase.training, phase.engine, accumulation_steps)
     # fresh weights are drawn whole: drawn part by part under ZeRO 3 they would be others than those of ZeRO 1 and 2
     kept = None if phase.fresh else partitioned_loading(config)
@@ -140,6 +140,7 @@ def build_trainer(phase: PhaseConfig, place: Place, source: SequenceSource, mixt
         loss_from=phase.mixture.loss_from,
         teacher=teacher,
         lora=phase.lora,
+        ask=ask,
     )
 
 

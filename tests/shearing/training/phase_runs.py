@@ -18,7 +18,7 @@ from shearing.models.loading import model_tensors, new_model, write_model_direct
 from shearing.models.shape import Shape
 from shearing.storage import open_store
 from shearing.training.checkpoint import CheckpointReader
-from shearing.training.loop import training_reports
+from shearing.training.loop import Wish, no_wish, training_reports
 from shearing.training.phase import PhaseConfig, Place, build_trainer, restore, save
 
 VOCABULARY = 97
@@ -140,9 +140,20 @@ class WatchedSource:
         return self.source.fetch(draws)
 
 
-def new_trainer(rank, world, phase, mixture=None):
+def new_trainer(rank, world, phase, mixture=None, ask=no_wish):
     place = Place(rank, world, torch.device("cpu"))
-    return build_trainer(phase, place, WatchedSource(phase), mixture or LocalMixture(phase))
+    return build_trainer(phase, place, WatchedSource(phase), mixture or LocalMixture(phase), ask)
+
+
+def checkpoints_asked_for(rank, world, phase, wishes):
+    """Steps after which a checkpoint was due, and the wish then; `wishes`: rank -> step -> what that rank asks."""
+    asked = iter(range(1, phase.training.steps + 1))
+    trainer = new_trainer(rank, world, phase, ask=lambda: wishes.get(rank, {}).get(next(asked), Wish()))
+    return [
+        (report["step"], trainer.wish)
+        for report in training_reports(trainer)
+        if trainer.settled(report) and trainer.checkpoint_due()
+    ]
 
 
 def run_phase(rank, world, phase, *, resume=None, save_after=None, folder=None, mixture=None, until=None):
