@@ -9,6 +9,7 @@ import time
 import pytest
 from example_workspace import DOMAINS, PLAN, SOURCE_LOSS, START, write_example
 
+from orchestrator.comparison_stages import COMPARISON_STAGES
 from orchestrator.run_state import read_state, render_state
 from orchestrator.workspace_lock import lock_workspace
 from shearing.errors import UserError
@@ -97,6 +98,17 @@ def test_a_run_before_its_first_phase(tmp_path):
     assert state["phase"] is None
     assert {stage["state"] for stage in state["stages"]} == {"to come"}
     assert "scratch" not in render_state(state), "the recipe does not ask for it"
+
+
+def test_stages_are_the_recipes_own(tmp_path):
+    """A run that is never finished, since it waits for the stages of another method."""
+    store = open_store(str(tmp_path))
+    store.write_bytes("recipe.yaml", b"name: sliced\nslicing: {fraction: 0.25}\n")
+    names = [stage["stage"] for stage in read_state(store, NOW)["stages"]]
+    assert names == ["corpus", "source", "references", "slicing", "scores", "report"]
+    store.write_json("stages/methods.json", {"stage": "methods"})
+    names = [stage["stage"] for stage in read_state(store, NOW)["stages"]]
+    assert names == [stage.name for stage in COMPARISON_STAGES]
 
 
 def test_no_run_there(tmp_path):
