@@ -9,6 +9,10 @@ import hypothesis
 import pytest
 from journeys import Journey, end_of, end_with_children, environment, free_ports, small_journey, wait_until
 
+from orchestrator.phases import phase_config
+from orchestrator.recipe_loading import load_recipe
+from shearing.training.phase import PhaseConfig
+
 # a busy machine is no fault of the code: nothing here is asked to be fast
 hypothesis.settings.register_profile("shear", deadline=None)
 hypothesis.settings.load_profile("shear")
@@ -76,3 +80,20 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
         finally:
             end_with_children(head)
             end_of(folder)
+
+
+@pytest.fixture
+def pruning_phase(finished_journey: tuple[Journey, subprocess.CompletedProcess]) -> PhaseConfig:
+    """Mask learning of the finished journey as its driver described it, on the same corpus and source model."""
+    journey, done = finished_journey
+    assert done.returncode == 0, done.stderr
+    recipe = load_recipe(str(journey.workspace / "recipe.yaml"), [])
+    source = journey.json("stages/source.json")["outputs"]["model"]
+    return phase_config(
+        recipe,
+        "pruning",
+        model=source,
+        source=source,
+        corpus=journey.json("stages/corpus.json")["outputs"]["path"],
+        references=journey.json("stages/references.json")["outputs"]["losses"],
+    )

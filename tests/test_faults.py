@@ -29,9 +29,7 @@ from actors.checkpoints import SNAPSHOT_NAME, newest_checkpoint, settle_checkpoi
 from actors.training import run_phase
 from shearing.data.config import MixtureConfig
 from shearing.errors import UserError
-from shearing.pruning.config import PruningConfig
 from shearing.storage import open_store
-from shearing.training.config import EngineConfig, EvaluationConfig
 from shearing.training.phase import PhaseConfig
 
 STEPS, BATCH_SEQUENCES, CHECKPOINT_EVERY = 24, 8, 8
@@ -43,27 +41,6 @@ AGENTS = (
     "ray::RuntimeEnvAgent",
 )  # Ray's own, which try for 60 s to tell a dead node of its death
 AGENTS_GONE_WITHIN_S = 120
-
-
-@pytest.fixture
-def pruning_phase(finished_journey):
-    """Mask learning of the finished journey as its driver described it, on the same corpus and source model."""
-    journey, done = finished_journey
-    assert done.returncode == 0, done.stderr
-    recipe = journey.json("report/report.json")["recipe"]
-    return PhaseConfig(
-        name="pruning",
-        model=journey.json("stages/source.json")["outputs"]["model"],
-        training=PruningConfig.model_validate(recipe["pruning"]),
-        engine=EngineConfig.model_validate(recipe["engine"]),
-        evaluation=EvaluationConfig.model_validate(recipe["evaluation"]),
-        corpus=journey.json("stages/corpus.json")["outputs"]["path"],
-        split="prune",
-        proportions={name: domain["proportion"] for name, domain in recipe["corpus"]["domains"].items()},
-        mixture=MixtureConfig.model_validate(recipe["mixture"]),
-        references=journey.json("stages/references.json")["outputs"]["losses"],
-        seed=recipe["seed"],
-    )
 
 
 class Killer:

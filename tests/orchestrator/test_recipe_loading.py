@@ -143,7 +143,7 @@ def test_every_problem_is_named_at_once(recipe_file):
         ("pruning.num_layers=3", "did you mean source.train.shape.num_layers or pruning.target.num_layers?"),
         ("zero_stage=3", "did you mean engine.zero_stage?"),
         ("engine.colour=red", "allowed in engine: workers"),
-        ("engine.workers.x=1", "engine.workers holds a whole number, no keys"),
+        ("engine.max_failures.x=1", "engine.max_failures holds a whole number, no keys"),
         ("nonsense", "write section.key=value"),
         ("corpus.domains.cc=null", "there is no cc; there are: no, wiki"),
         ("a..b=3", "write section.key=value"),
