@@ -32,14 +32,6 @@ DONE, FAILED, TO_MEND = 0, 1, 2
 NEEDED: dict[MethodSection, tuple[str, ...]] = {"pruning": ("pruning", "recovery"), "slicing": ()}
 
 
-class StoppedError(KeyboardInterrupt):
-    """The run was asked to stop. `signal_number` says how."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal.Signals(signal_number).name)
-        self.signal_number = signal_number
-
-
 @dataclass(frozen=True)
 class Command:
     """What the command line asks for."""
@@ -78,14 +70,15 @@ def run_command(command: Command, out: TextIO, err: TextIO, job: Job | None = No
 
     Status: 0 done, 2 what the user can mend, 1 other failures, 128 + signal if stopped."""
     console = Console(err, command.verbose)
+    signals: list[int] = []
     try:
-        with _stop_on_signals():
+        with _stop_on_signals(signals):
             return (job or _run)(command, console, out)
     except UserError as error:
         _list_problems(error.problems, console)
         return TO_MEND
-    except (KeyboardInterrupt, SystemExit) as error:  # Ray Train answers Ctrl-C during training by sys.exit
-        number = error.signal_number if isinstance(error, StoppedError) else int(signal.SIGINT)
+    except (KeyboardInterrupt, SystemExit):  # Ray may answer either by one of its own
+        number = signals[0] if signals else int(signal.SIGINT)
         console.close()
         console.text(
             f"stopped by {signal.Signals(number).name}. To go on from the last checkpoint, run the same again:"
@@ -137,19 +130,17 @@ def _again() -> str:
 
 
 @contextlib.contextmanager
-def _stop_on_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM as StoppedError in the main thread; a second one ends the process at once."""
+def _stop_on_signals(seen: list[int]) -> Iterator[None]:
+    """SIGINT and SIGTERM as KeyboardInterrupt in the main thread, noted in `seen`; a second one ends the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    seen = 0
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        nonlocal seen
-        seen += 1
-        if seen > 1:
+        seen.append(number)
+        if len(seen) > 1:
             os._exit(128 + number)
-        raise StoppedError(number)
+        raise KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
