@@ -103,7 +103,7 @@ def _by_stage() -> str:
 
 def _by_batch() -> str:
     rows = []
-    for batch_tokens in (131_072, 1_048_576, 4_194_304):
+    for batch_tokens in (131_072, 524_288, 1_048_576):
         steps = PRUNING.steps * PRUNING.global_batch_tokens // batch_tokens
         training = PRUNING.model_copy(
             update={"global_batch_tokens": batch_tokens, "steps": steps, "evaluate_every_steps": max(1, steps // 64)}

@@ -55,7 +55,7 @@ class Work:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step, what happens every so many steps shared out. `idle` is of `compute`: an uneven last pass."""
+    """Seconds of one step, what happens every so many steps shared out. `idle` is of `compute`: workers without a sequence."""
 
     compute: float
     communication: float
@@ -174,7 +174,7 @@ def breaks_first(work: Work, engine: EngineConfig, hardware: Hardware, workers: 
     if work.batch_sequences < workers * engine.micro_batch_sequences:
         return f"batch: {work.batch_sequences} sequences for {workers * engine.micro_batch_sequences}"
     step = step_time(work, engine, hardware, workers)
-    others = {name: seconds for name, seconds in step.parts.items() if name != "compute"}
+    others = {name: seconds for name, seconds in step.parts.items() if name != "compute"} | {"uneven batch": step.idle}
     worst = max(others, key=others.__getitem__)
     if others[worst] > NOTABLE_SHARE * step.total:
         return f"{worst}: {others[worst] / step.total:.0%} of the step"
