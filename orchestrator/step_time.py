@@ -55,7 +55,7 @@ class Work:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step, what happens every so many steps shared out. `idle` is of `compute`: workers without a sequence."""
+    """Seconds of one step, what happens every so many steps shared out. `idle`: of `compute`, without a sequence."""
 
     compute: float
     communication: float

@@ -88,7 +88,7 @@ def test_more_workers_than_sequences_stand_idle():
     assert many.compute == eight.compute
     assert many.idle == pytest.approx(many.compute / 2)
     assert breaks_first(WORK, engine(), ROUND, 16) == "batch: 16 sequences for 32"
-    assert breaks_first(WORK, engine(), replace(ROUND, peak_flops_per_s=1e7), 5).startswith("uneven batch: ")
+    assert breaks_first(WORK, engine(), replace(ROUND, peak_flops_per_s=1e7), 6).startswith("uneven batch: ")
 
 
 def test_what_breaks_first():
