@@ -6,14 +6,14 @@
 
 `workers` trains the quickstart's shape by DeepSpeed without Ray, in as many processes as there are workers, the cores
 divided between them. Strong: one global batch for all numbers of workers; weak: a batch that grows with them. Each row
-says what was reached of the first row's speed a core; more workers than cores share them, and the table says so.
+says which share of the first row's speed a core it reached; more workers than cores share them, and the table says so.
 
 `actor` starts the real domain-weight actor and the real feeder in Ray, and clients that train nothing: each submits its
 losses at every update, hears the new proportions from it, and fetches its sequences. A client is a thread of one of a
 few processes, for 512 processes of Python do not fit a small machine: messages and bytes are those of 512 workers, the
 time that the senders need is on the same cores. Latencies are of one call; CPU seconds of the actors' own processes.
 
-`paper` prints the tables of docs/SCALING.md. Quote figures of the first two only from a machine where nothing else runs.
+`paper` prints the tables of docs/SCALING.md. Figures of the first two hold only where nothing else runs.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def measure_workers(options: argparse.Namespace) -> None:
     config = llama_config(source.shape, source.tokenizer.vocab_size, 2 * tokens)
     print(f"{CORES} cores; {recipe.engine.dtype}, ZeRO {recipe.engine.zero_stage}, sequences of {tokens} tokens")
     print(
-        f"{'':6}  {'workers':>7}  {'threads':>7}  {'batch':>6}  {'step ms':>8}  {'tokens/s':>9}  {'a core':>8}  of first"
+        f"{'':6}  {'workers':>7}  {'threads':>7}  {'batch':>6}  {'step ms':>8}  {'tokens/s':>9}  {'a core':>8}  share"
     )
     for kind in ("strong", "weak"):
         first = None
@@ -146,7 +146,7 @@ class Clients:
         """Every client hands in its share; seconds of each, and the version that all got."""
 
         def one(client: DomainWeightsClient) -> tuple[float, Any]:
-            sums = {domain: (3.0 + 0.01 * step + 0.001 * client.rank, 1) for domain in PROPORTIONS}
+            sums = dict.fromkeys(PROPORTIONS, (3.0 + 0.01 * step + 0.001 * client.rank, 1))
             began = time.perf_counter()
             state = client.submit(step, base, sums)
             return time.perf_counter() - began, state
@@ -183,7 +183,7 @@ def line(world: int, what: str, latencies: list[float], rounds_s: list[float], c
     middle, high, worst = np.percentile(latencies, [50, 99, 100]) * 1e3
     return (
         f"{world:7}  {what:12}  {middle:8.1f}  {high:8.1f}  {worst:8.1f}  {1e3 * statistics.median(rounds_s):9.1f}  "
-        f"{1e3 * cpu_s / len(latencies):10.3f}  {extra}"
+        f"{1e3 * cpu_s / len(latencies):11.3f}  {extra}"
     )
 
 
@@ -228,11 +228,12 @@ def measure_actor(options: argparse.Namespace) -> None:
         write_shards(Path(folder), SHARD_SEQUENCES, SHARD_TOKENS)
         ray.init(address="local", num_cpus=options.ray_cpus, include_dashboard=False, log_to_driver=False)
         print(
-            f"{CORES} cores; {len(PROPORTIONS)} domains; {options.sequences} sequences of {SHARD_TOKENS} tokens a fetch; "
-            f"{options.rounds} rounds; submit: losses in, proportions back, to all clients"
+            f"{CORES} cores; {len(PROPORTIONS)} domains; {options.sequences} sequences of {SHARD_TOKENS} tokens a"
+            f" fetch; {options.rounds} rounds; submit: losses in, proportions back, to all clients"
         )
         print(
-            f"{'clients':>7}  {'call':12}  {'p50 ms':>8}  {'p99 ms':>8}  {'worst ms':>8}  {'round ms':>9}  {'CPU ms/call':>10}"
+            f"{'clients':>7}  {'call':12}  {'p50 ms':>8}  {'p99 ms':>8}  {'worst ms':>8}  {'round ms':>9}"
+            f"  {'CPU ms/call':>11}"
         )
         for world in options.clients:
             measure_clients(world, folder, options)
