@@ -6,9 +6,9 @@ Loads neither torch nor Ray.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.data_forecast import DomainUse, Phase, Supply, data_use, find_text, phases_of
+from orchestrator.data_forecast import DomainUse, Supply, data_use, find_text, phases_of
 from orchestrator.hardware import Hardware, hardware_for
-from orchestrator.memory_forecast import DTYPE_BYTES, WorkerMemory, checkpoint_bytes, gate_count
+from orchestrator.memory_forecast import DTYPE_BYTES, WorkerMemory, checkpoint_bytes
 from orchestrator.preflight import preflight, supply_of
 from orchestrator.recipe import Recipe
 from orchestrator.run import stages_of
@@ -20,11 +20,11 @@ from orchestrator.settings_in_words import (
 )
 from orchestrator.sliced_model import kept_in_words, kept_sizes, residual_parameters, slicing_in_words
 from orchestrator.source_model import SourceFacts, inspect_source
-from orchestrator.step_time import PhaseTime, Work, memory_of, phase_time
-from orchestrator.teacher_model import teacher_parameters
+from orchestrator.step_time import PhaseTime, memory_of, phase_time
+from orchestrator.time_forecast import work_of
 from orchestrator.workspace import Mark, Workspace, open_workspace, workspace_uri
-from shearing.models.family import resized_config, shape_of
-from shearing.models.parameters import adapter_sizes, count_parameters, prunable_parameters
+from shearing.models.family import shape_of
+from shearing.models.parameters import count_parameters, prunable_parameters
 from shearing.models.shape import Shape
 from shearing.pruning.target import GroupSpec, pruning_groups
 from shearing.training.config import EngineConfig
@@ -195,17 +195,11 @@ def _forced(spec: GroupSpec) -> str:
     return "".join(f"; {words}: {', '.join(map(str, units))}" for words, units in parts if units)
 
 
-def adapter_parameters(recipe: Recipe, config: dict[str, Any], shape: Shape | None) -> int:
-    """Parameters of the adapters that recovery trains in the smaller model; 0 where it trains every weight."""
-    lora = recipe.recovery.lora if recipe.recovery is not None else None
-    return 0 if lora is None else sum(lora.rank * sum(size) for size in adapter_sizes(config, lora.targets, shape))
-
-
 def _phases(recipe: Recipe, facts: SourceFacts) -> list[PhasePlan]:
     plans = []
     engine, sequence_tokens = recipe.engine, recipe.corpus.sequence_tokens
     for phase in phases_of(recipe):
-        work = _work(recipe, facts, phase)
+        work = work_of(recipe, facts, phase)
         training = phase.training
         sequences = training.global_batch_tokens // sequence_tokens
         kinds = hardware_for(engine, recipe.hardware) if work is not None else []
@@ -223,24 +217,3 @@ def _phases(recipe: Recipe, facts: SourceFacts) -> list[PhasePlan]:
             )
         )
     return plans
-
-
-def _work(recipe: Recipe, facts: SourceFacts, phase: Phase) -> Work | None:
-    """What a phase computes; None where a problem hides the model."""
-    whole = (facts.config, facts.shape) if facts.config is not None and facts.shape is not None else None
-    trained = whole if phase.name in ("source", "pruning") else facts.result
-    if trained is None or facts.shape is None:
-        return None
-    config, shape = trained
-    masked = recipe.pruning if phase.name == "pruning" and facts.target is not None else None
-    healed = phase.name == "recovery"
-    return Work(
-        config=config if shape is None else resized_config(config, shape, list(range(shape.num_layers))),
-        sequence_tokens=recipe.corpus.sequence_tokens,
-        training=phase.training,
-        domains=len(recipe.corpus.domains),
-        evaluation_sequences=recipe.evaluation.sequences_per_domain,
-        adapters=adapter_parameters(recipe, config, shape) if healed else 0,
-        gates=gate_count(pruning_groups(facts.shape, masked).values()) if masked is not None else 0,
-        teacher_parameters=teacher_parameters(recipe, facts) if healed else 0,
-    )
