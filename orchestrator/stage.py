@@ -22,7 +22,7 @@ FREE_KEYS = (
     "corpus.path", "corpus.root", "corpus.malformed_limit", "*.checkpoint_every_steps",
     "mixture.on_exhausted", "engine.workers", "engine.workers.*",
     "engine.cpus_per_worker", "engine.gpus_per_worker", "engine.zero_stage",
-    "engine.micro_batch_sequences", "engine.activation_checkpointing", "engine.max_failures", "watchdog.*",
+    "engine.micro_batch_sequences", "engine.activation_checkpointing", "engine.max_failures", "watchdog.*", "trackers",
     "comparison.workers", "comparison.at_once", "hardware", "hardware.*",
 )  # fmt: skip
 
