@@ -17,6 +17,9 @@ from shearing.storage import open_store
 
 logger = logging.getLogger(__name__)
 
+MOST_RANKS = 2**16
+"""Calls that wait in the actor at once. Ray's own limit is 1,000: of 1,024 ranks the last 24 would never be heard."""
+
 LossSums = Mapping[str, tuple[float, float]]
 
 
@@ -163,7 +166,7 @@ def start_domain_weights(
 
     actor: Any = ray.remote(DomainWeights)
     options = {"name": name, "get_if_exists": True, "num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-    return actor.options(**options).remote(folder_uri, config, prior, references)
+    return actor.options(**options, max_concurrency=MOST_RANKS).remote(folder_uri, config, prior, references)
 
 
 class DomainWeightsClient:

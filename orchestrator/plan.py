@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.data_forecast import DomainUse, Supply, data_use, find_text, phases_of
-from orchestrator.memory_forecast import DTYPE_BYTES, WorkerMemory, checkpoint_bytes, gate_count, worker_memory
+from orchestrator.hardware import Hardware, hardware_for
+from orchestrator.memory_forecast import DTYPE_BYTES, WorkerMemory, checkpoint_bytes
 from orchestrator.preflight import preflight, supply_of
 from orchestrator.recipe import Recipe
 from orchestrator.run import stages_of
@@ -19,10 +20,11 @@ from orchestrator.settings_in_words import (
 )
 from orchestrator.sliced_model import kept_in_words, kept_sizes, residual_parameters, slicing_in_words
 from orchestrator.source_model import SourceFacts, inspect_source
-from orchestrator.teacher_model import teacher_parameters
+from orchestrator.step_time import PhaseTime, memory_of, phase_time
+from orchestrator.time_forecast import work_of
 from orchestrator.workspace import Mark, Workspace, open_workspace, workspace_uri
-from shearing.models.family import shape_of, vocabulary_of
-from shearing.models.parameters import adapter_sizes, count_parameters, prunable_parameters
+from shearing.models.family import shape_of
+from shearing.models.parameters import count_parameters, prunable_parameters
 from shearing.models.shape import Shape
 from shearing.pruning.target import GroupSpec, pruning_groups
 from shearing.training.config import EngineConfig
@@ -61,6 +63,7 @@ class PhasePlan:
     accumulation_steps: float
     memory: WorkerMemory | None
     checkpoint_bytes: int | None
+    times: list[PhaseTime]
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Plan:
     supply: Supply
     use: list[DomainUse]
     problems: list[str]
+    hardware: list[Hardware]
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -111,6 +115,7 @@ def plan(recipe: Recipe) -> Plan:
         supply=supply,
         use=data_use(recipe, supply),
         problems=problems,
+        hardware=hardware_for(recipe.engine, recipe.hardware),
     )
 
 
@@ -190,38 +195,14 @@ def _forced(spec: GroupSpec) -> str:
     return "".join(f"; {words}: {', '.join(map(str, units))}" for words, units in parts if units)
 
 
-def adapter_parameters(recipe: Recipe, config: dict[str, Any], shape: Shape | None) -> int:
-    """Parameters of the adapters that recovery trains in the smaller model; 0 where it trains every weight."""
-    lora = recipe.recovery.lora if recipe.recovery is not None else None
-    return 0 if lora is None else sum(lora.rank * sum(size) for size in adapter_sizes(config, lora.targets, shape))
-
-
 def _phases(recipe: Recipe, facts: SourceFacts) -> list[PhasePlan]:
     plans = []
     engine, sequence_tokens = recipe.engine, recipe.corpus.sequence_tokens
     for phase in phases_of(recipe):
-        whole = (facts.config, facts.shape) if facts.config is not None and facts.shape is not None else None
-        trained = whole if phase.name in ("source", "pruning") else facts.result
-        memory, checkpoint = None, None
-        if trained is not None and facts.shape is not None and facts.config is not None:
-            config, shape = trained
-            parameters = count_parameters(config, shape)
-            masked = recipe.pruning if phase.name == "pruning" and facts.target is not None else None
-            gates = gate_count(pruning_groups(facts.shape, masked).values()) if masked is not None else 0
-            adapters = adapter_parameters(recipe, config, shape) if phase.name == "recovery" else 0
-            memory = worker_memory(
-                parameters,
-                shape or facts.shape,
-                vocabulary_of(config),
-                engine,
-                sequence_tokens=sequence_tokens,
-                adapters=adapters,
-                gates=gates,
-                teacher_parameters=teacher_parameters(recipe, facts) if phase.name == "recovery" else 0,
-            )
-            checkpoint = checkpoint_bytes(adapters or parameters, gates)
+        work = work_of(recipe, facts, phase)
         training = phase.training
         sequences = training.global_batch_tokens // sequence_tokens
+        kinds = hardware_for(engine, recipe.hardware) if work is not None else []
         plans.append(
             PhasePlan(
                 name=phase.name,
@@ -230,8 +211,9 @@ def _phases(recipe: Recipe, facts: SourceFacts) -> list[PhasePlan]:
                 tokens=training.steps * training.global_batch_tokens,
                 batch_sequences=sequences,
                 accumulation_steps=sequences / (engine.most_workers * engine.micro_batch_sequences),
-                memory=memory,
-                checkpoint_bytes=checkpoint,
+                memory=memory_of(work, engine, engine.least_workers) if work is not None else None,
+                checkpoint_bytes=checkpoint_bytes(work.adapters or work.parameters, work.gates) if work else None,
+                times=[phase_time(work, engine, kind, engine.most_workers) for kind in kinds if work is not None],
             )
         )
     return plans

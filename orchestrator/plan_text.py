@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from orchestrator.data_forecast import DomainUse
+from orchestrator.hardware import CPU_CORE, GPUS, SOURCES, Hardware
 from orchestrator.memory_forecast import FORMULAS
 from orchestrator.plan import Plan
 from shearing.models.shape import Shape
@@ -33,6 +34,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield from _model_lines(plan)
     yield from _phase_lines(plan)
+    yield from _time_lines(plan)
     yield f"source        {plan.source}"
     yield f"mixture       {plan.mixture}"
     yield f"distillation  {plan.distillation}"
@@ -102,6 +104,43 @@ def _phase_lines(plan: Plan) -> Iterator[str]:
             yield f"  {phase.name:<26}{cells}{format_bytes(held.activations):>14}{teacher:>12}"
         yield from (f"    {line}" for line in FORMULAS.splitlines())
         yield ""
+
+
+def _time_lines(plan: Plan) -> Iterator[str]:
+    if not plan.hardware:
+        kind = "GPU" if plan.engine.gpus_per_worker else "CPU"
+        yield f"time            not known: no constant for {plan.engine.dtype} on a {kind}"
+        yield ""
+        return
+    rows = [(phase.name, time) for phase in plan.phases for time in phase.times]
+    if not rows:
+        return
+    yield "time, forecast          device  step, s      tokens/s       hours  device-hours   what stands in the way"
+    for name, time in rows:
+        yield (
+            f"  {name:<10} {time.hardware.name:>17} {time.step.total:>8.3g} {time.step.tokens_per_s:>13,.0f} "
+            f"{time.hours:>11.2f} {time.worker_hours:>13,.2f}   {time.breaks_first}"
+        )
+    yield f"  with {rows[0][1].workers} workers, regular steps alone, by the formulas of docs/SCALING.md from"
+    yield from _constant_lines(plan.hardware)
+    yield ""
+
+
+def _constant_lines(kinds: list[Hardware]) -> Iterator[str]:
+    """What the forecast rests on that no data sheet says."""
+    first = kinds[0]
+    if first.memory_bytes is None:
+        yield f"    {first.flops_per_s / 1e9:.3g} GFLOPs a second a worker, as the quickstart reached (DIARY.md)"
+    else:
+        yield f"    {first.achieved_share:.0%} of the peak that data sheets give: {_source(first, 'achieved_share')}"
+    yield f"    storage {first.storage_bytes_per_s / 1e9:g} GB/s: {_source(first, 'storage_bytes_per_s')}"
+    yield f"    streams {first.feeder_tokens_per_s:,.0f} tokens/s: {_source(first, 'feeder_tokens_per_s')}"
+    yield "    other constants: orchestrator/hardware.py; yours in the recipe's section `hardware`"
+
+
+def _source(kind: Hardware, key: str) -> str:
+    known = next((gpu for gpu in GPUS.values() if gpu.name == kind.name), CPU_CORE)
+    return SOURCES[key] if getattr(kind, key) == getattr(known, key) else "the recipe's"
 
 
 def _data_lines(plan: Plan) -> Iterator[str]:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from orchestrator.hardware import HardwareConfig
 from shearing.config import Config
 from shearing.data.config import CorpusConfig, MixtureConfig, ReferencesConfig, TrainedTokenizerConfig
 from shearing.evaluation.config import TasksConfig, TextConfig
@@ -109,6 +110,7 @@ class Recipe(Config):
     scores: ScoresConfig = ScoresConfig()
     comparison: ComparisonConfig | None = None
     trackers: tuple[TrackerName, ...] = Field((), description="Where training is shown besides Ray's metrics")
+    hardware: HardwareConfig | None = Field(None, description="Constants of the plan's forecast of time")
 
     def only(self, method: MethodSection) -> "Recipe":
         """The recipe of a run that uses one method: everything that runs, plans or reports reads off it which.

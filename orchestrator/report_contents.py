@@ -138,7 +138,19 @@ def _summary(run: RunRecord, phase: str, record: PhaseRecord) -> dict[str, Any]:
         "steps_with_bad_loss": sum(_bad(row.get("loss", 0.0)) for row in rows),
         "domains_with_bad_loss": domains_lost,
         **_accounting(run, record),
+        **_time(run.forecasts.get(phase, {}), record),
     }
+
+
+def _time(forecasts: dict[str, float], record: PhaseRecord) -> dict[str, Any]:
+    """Seconds a step, all between steps included, of a phase that was not interrupted; and the forecast."""
+    if len(record.steps) < 2 or any(row.get("event") in INTERRUPTIONS for row in record.events):
+        return {}
+    device = record.starts[-1]["device"] if record.starts else ""
+    fitting = [seconds for name, seconds in forecasts.items() if len(forecasts) == 1 or name in device]
+    first, last = record.steps[0], record.steps[-1]
+    measured = (last["time"] - first["time"]) / (last["step"] - first["step"])
+    return {"step_forecast_s": fitting[0], "step_measured_s": measured} if len(fitting) == 1 and measured > 0 else {}
 
 
 def _accounting(run: RunRecord, record: PhaseRecord) -> dict[str, Any]:

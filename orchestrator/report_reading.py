@@ -46,6 +46,7 @@ class RunRecord:
     manifest_problem: str = ""
     domains: list[str] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    forecasts: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def outputs(self, stage: str) -> dict[str, Any]:
         """What a finished stage put out; empty where it did not finish."""
@@ -77,6 +78,9 @@ def read_run(workspace: Store) -> RunRecord:
         manifest_problem=problem,
         domains=domains,
         layers=_layers(workspace),
+        forecasts={
+            name: workspace.read_json(f"forecast/{name}.json") for name in _names(workspace, "forecast", ".json")
+        },
     )
 
 

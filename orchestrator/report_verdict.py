@@ -290,6 +290,18 @@ def _decisions(report: dict[str, Any]) -> list[Fact]:
     return facts
 
 
+def _forecast(report: dict[str, Any]) -> list[Fact]:
+    summaries = {phase: part["summary"] for phase, part in report["phases"].items()}
+    known = {phase: part for phase, part in summaries.items() if part.get("step_forecast_s")}
+    if not known:
+        return []
+    value = ", ".join(
+        f"{phase}: {times(part['step_measured_s'] / part['step_forecast_s'])}" for phase, part in known.items()
+    )
+    why = "Measured over planned seconds a step, evaluations and checkpoints included (docs/SCALING.md)."
+    return [fact("forecast", "info", "Time against the plan", value, why)]
+
+
 def _run(report: dict[str, Any]) -> list[Fact]:
     facts = []
     interrupted = {p: n for p, part in report["phases"].items() if (n := part["summary"].get("interruptions"))}
@@ -305,6 +317,7 @@ def _run(report: dict[str, Any]) -> list[Fact]:
         title = "Training did not wait for data" if level == "good" else "Training waited for data"
         why = f"Largest share of step time spent waiting (in {phase}); up to {percent(WAITING_SHARE, 0)} is fine."
         facts.append(fact("waiting", level, title, percent(waits[phase], 2), why))
+    facts += _forecast(report)
     provenance = report["provenance"]
     if not provenance["problem"]:
         lines, malformed = provenance["lines"], provenance["malformed_lines"]

@@ -23,7 +23,7 @@ FREE_KEYS = (
     "mixture.on_exhausted", "engine.workers", "engine.workers.*",
     "engine.cpus_per_worker", "engine.gpus_per_worker", "engine.zero_stage",
     "engine.micro_batch_sequences", "engine.activation_checkpointing", "engine.max_failures", "watchdog.*", "trackers",
-    "comparison.workers", "comparison.at_once",
+    "comparison.workers", "comparison.at_once", "hardware", "hardware.*",
 )  # fmt: skip
 
 

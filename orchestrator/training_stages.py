@@ -12,6 +12,7 @@ from orchestrator.phases import choosing_config, export_config, phase_config
 from orchestrator.source_model import trained_source_config
 from orchestrator.stage import Context
 from orchestrator.stages import score_protocol, smaller_folder, source_model, task_resources
+from orchestrator.time_forecast import step_forecasts
 from shearing.data.manifest import TOKENIZER_FOLDER
 from shearing.models.directories import local_directory, publish_directory
 from shearing.models.loading import GENERATION_FILE, TOKENIZER_FILES, write_json
@@ -97,6 +98,8 @@ def _train(context: Context, name: PhaseName, model: str) -> PhaseResult:
         references=context.outputs.get("references", {}).get("losses", {}),
     )
     training = phase.training
+    if forecast := step_forecasts(context.recipe, name):
+        context.workspace.store.write_json(f"forecast/{name}.json", forecast)
 
     def show(report: dict[str, Any]) -> None:
         if report["kind"] == "step":

@@ -29,6 +29,7 @@ LIGHT = (
     "shearing/pruning/sparsity/config.py", "shearing/evaluation/config.py", "shearing/evaluation/paired.py",
     "orchestrator/methods.py", "orchestrator/comparison_checks.py", "orchestrator/comparison_run.py",
     "orchestrator/comparison_stages.py", "orchestrator/comparison_command.py", "shearing/training/config.py",
+    "orchestrator/hardware.py", "orchestrator/step_time.py", "orchestrator/time_forecast.py",
 )  # fmt: skip
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "matplotlib", "lm_eval", "peft"}
 

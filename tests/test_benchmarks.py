@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TESTED = {"corpus", "inference", "mask_overhead", "orchestration", "slicing", "start", "streams"}
+TESTED = {"corpus", "inference", "mask_overhead", "orchestration", "scaling", "slicing", "start", "streams"}
 
 
 def run(name: str, *arguments: str, seconds: int = 300) -> str:
@@ -74,6 +74,22 @@ def test_streams():
     for reader in ("DataLoader cursor", "Parquet, in process", "Ray Data feeder"):
         assert re.search(rf"^{reader} +flat out .*%.*x$", printed, flags=re.MULTILINE), printed
     assert ": 0 were off by 2" in printed, "proportions that change reach the very next batch"
+
+
+@pytest.mark.slow
+def test_scaling():
+    """Also that all clients hear one and the same version, which the benchmark itself asserts."""
+    workers = ["--workers", "1", "2", "--steps", "2", "--batch-sequences", "4", "engine.micro_batch_sequences=2"]
+    printed = run("scaling", "workers", *workers)
+    rows = re.findall(r"^(strong|weak) +(\d) +\d+ +(\d+) ", printed, flags=re.MULTILINE)
+    assert rows == [("strong", "1", "4"), ("strong", "2", "4"), ("weak", "1", "4"), ("weak", "2", "8")]
+    printed = run("scaling", "actor", "--clients", "2", "12", "--rounds", "2", "--ray-cpus", "2")
+    rows = re.findall(r"^ +(\d+)  (submit|fetch) +[\d.]+ ", printed, flags=re.MULTILINE)
+    assert rows == [("2", "submit"), ("2", "fetch"), ("12", "submit"), ("12", "fetch")]
+
+
+def test_scaling_on_paper():
+    assert "recovery-1.3B" in run("scaling", "paper")
 
 
 TINY = [

@@ -159,6 +159,16 @@ def test_killed_in_the_middle_of_a_collection(ray_session, tmp_path, how):
 BREAKING_RULE = "def breaks(situation):\n    raise KeyError('no such domain')\n"
 
 
+def test_more_ranks_than_rays_own_limit_of_waiting_calls(ray_session, tmp_path):
+    """With Ray's default of 1,000 the ranks beyond are never heard, and all wait for ever."""
+    actor = start_domain_weights("weights-many", str(tmp_path / "mixture"), CONFIG, PRIOR, REFERENCES)
+    base, world = ray.get(actor.state.remote()), 1001
+    sums = dict.fromkeys(PRIOR, (3.0, 1))
+    calls = [actor.submit.remote(10, rank, world, attempt="a", base=base, sums=sums) for rank in range(world)]
+    assert {state.version for state in ray.get(calls, timeout=60)} == {1}
+    ray.kill(actor)
+
+
 def test_a_failing_rule_of_the_users_reaches_every_rank(tmp_path, monkeypatch):
     """Catches a rank that waits for ever because the rule raised while another rank handed in."""
     (tmp_path / "breaking_rule_of_a_user.py").write_text(BREAKING_RULE)

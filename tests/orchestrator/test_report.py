@@ -403,3 +403,15 @@ def test_layers_of_their_own_sizes(tmp_path):
     build_report(store)
     assert "| 1 | none | none | 12 |" in store.read_bytes("report/report.md").decode()
     assert "Layer of the result" in store.read_bytes("report/index.html").decode()
+
+
+def test_the_report_says_how_far_off_the_plan_was(tmp_path):
+    """Steps 0.4 s apart, 0.2 planned; a phase that was interrupted says nothing, for its clock stood still."""
+    store = write_example(tmp_path)
+    for phase in ("pruning", "recovery"):
+        store.write_json(f"forecast/{phase}.json", {"CPU core": 0.2})
+    store.write_json("forecast/source.json", {"A100": 0.1, "H100": 0.1})  # which it was is not known
+    report = build_report(store)
+    assert report["phases"]["pruning"]["summary"]["step_measured_s"] == pytest.approx(0.4)
+    (found,) = [entry for entry in report["verdict"]["facts"] if entry["title"] == "Time against the plan"]
+    assert found["value"] == "pruning: 2.00\u00d7"
