@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,26 +120,22 @@ def _in_thread(work: Callable[[], dict[str, Any]], leave: Callable[[], None]) ->
     In the main thread Ray Train would put its own handler of Ctrl-C in place of the driver's, and leave it there.
     Where this thread is asked to stop, `leave` tells the workers, and they have a while for it.
     """
-    returned: list[dict[str, Any]] = []
-    raised: list[BaseException] = []
+    done: Future[dict[str, Any]] = Future()
 
     def run() -> None:
         try:
-            returned.append(work())
+            done.set_result(work())
         except BaseException as error:
-            raised.append(error)
+            done.set_exception(error)
 
-    thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    thread.start()
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
     try:
-        thread.join()
+        wait([done])  # Thread.join takes a thread for ended once a signal has cut it short
     except KeyboardInterrupt:
         leave()
-        thread.join(timeout=LEAVE_WITHIN_S)
+        wait([done], timeout=LEAVE_WITHIN_S)
         raise
-    if raised:
-        raise raised[0]
-    return returned[0]
+    return done.result()
 
 
 def _fit(settings: dict[str, Any], checkpoints: Store, stopping: threading.Event) -> dict[str, Any]:
