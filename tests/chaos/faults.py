@@ -153,6 +153,14 @@ def pause(title: str) -> Callable[[Scene], Struck]:
     return strike
 
 
+def hang(scene: Scene) -> Struck:
+    """A worker that never answers again."""
+    if (victim := scene.victim("RayTrainWorker")) is None:
+        return ""
+    victim.send_signal(signal.SIGSTOP)
+    return f"SIGSTOP to RayTrainWorker {victim.pid} for ever"
+
+
 def refuse_checkpoints(scene: Scene) -> Struck:
     """A file stands where the phase's checkpoints belong: every write and every listing fails."""
     folder, away = scene.checkpoints, scene.checkpoints.with_suffix(".away")
@@ -229,7 +237,13 @@ KINDS: dict[str, Kind] = {
     "workers_changed": Kind(signal_driver(signal.SIGTERM), **must_end(TERMINATED)),
     "checkpoints_refused": Kind(refuse_checkpoints, FAILED),
     "disk_full": Kind(fill_disk, FAILED),
+    "worker_hung": Kind(hang),
     "clock_jumped": Kind(jump),
+}
+# What such a fault takes in the environment of the run; they are struck with in runs of their own.
+ASIDE: dict[str, dict[str, str]] = {
+    "worker_hung": {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30"},
+    "clock_jumped": {"LD_PRELOAD": str(FAKETIME), "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"},
 }
 
 

@@ -1,6 +1,6 @@
 """A run of the real command under a schedule of faults, and what was found of it afterwards.
 
-python tests/chaos/ordeal.py FOLDER FAULTS SEED ...
+python tests/chaos/ordeal.py FOLDER FAULTS SEED ... [KIND ...]
 """
 
 import contextlib
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "chaos")]  # also where this is run as a script
 
 import psutil  # noqa: E402
-from faults import FAKETIME, KINDS, Fault, Scene, Schedule, newest_step, small_disk  # noqa: E402
+from faults import ASIDE, KINDS, Fault, Scene, Schedule, newest_step, small_disk  # noqa: E402
 from journeys import (  # noqa: E402
     SCRIPT,
     Journey,
@@ -113,10 +113,9 @@ class Ordeal:
         return self.outcome
 
     def _start(self) -> subprocess.Popen:
-        words = environment()
-        if any(fault.kind == "clock_jumped" for fault in self.schedule.faults):
-            words |= {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(self.clock)}
-            words |= {"FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}
+        words = environment() | {"FAKETIME_TIMESTAMP_FILE": str(self.clock)}
+        for kind in ASIDE.keys() & {fault.kind for fault in self.schedule.faults}:
+            words |= ASIDE[kind]
         self.outcome.starts += 1
         with (self.folder / "console.txt").open("a") as console:
             return subprocess.Popen(
@@ -285,20 +284,21 @@ def abandoned(new: set[str]) -> list[str]:
 
 
 def available_kinds(disk: bool) -> list[str]:
-    """Kinds that this machine can bring about."""
+    """Kinds that this machine can bring about in any run."""
     absent = set() if disk else {"disk_full"}
-    return [name for name in KINDS if name not in absent | {"clock_jumped"}]
+    return [name for name in KINDS if name not in absent | ASIDE.keys()]
 
 
-def main(folder: str, count: str, *seeds: str) -> None:
-    home = Path(folder)
+def main(folder: str, count: str, *words: str) -> None:
+    home, seeds = Path(folder), [word for word in words if word.isdigit()]
     with small_disk(home / "probe", 1) as disk:
         pass
     first = small_journey(home / "first", shared=home).with_overrides(*OVERRIDES)
     if not (first.workspace / "report").exists():
         first = unharmed_run(home, "first")
     for seed in seeds:
-        schedule = Schedule.drawn(int(seed), int(count), STEPS, available_kinds(disk))
+        kinds = [word for word in words if not word.isdigit()] or available_kinds(disk)
+        schedule = Schedule.drawn(int(seed), int(count), STEPS, kinds)
         sys.stdout.write(json.dumps(asdict(schedule)) + "\n")
         outcome = Ordeal(schedule, first, home / f"seed-{seed}").run()
         text = json.dumps(asdict(outcome), indent=1)
