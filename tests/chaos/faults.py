@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from journeys import Journey, last_rows, ray_processes
+from journeys import Journey, last_rows
 
 from shearing.storage import open_store
 from shearing.training.checkpoint import CheckpointReader, IncompleteCheckpointError
@@ -47,16 +47,19 @@ class Scene:
     driver: subprocess.Popen
     fault: Fault
     clock: Path
+    below: list[psutil.Process]
 
     def victims(self, title: str) -> list[psutil.Process]:
-        """Ray's processes of that title, or of that name; waits for one while the driver lives."""
-        deadline = time.monotonic() + VICTIM_WITHIN_S
+        """The driver's processes of that title or name; where there are none yet, waits for one for a while.
+
+        A look at all processes takes long on a busy machine, so the one that was just taken is used first.
+        """
+        deadline, below = time.monotonic() + VICTIM_WITHIN_S, self.below
         while self.driver.poll() is None and time.monotonic() < deadline:
+            if found := [each for each in below if is_titled(each, title)]:
+                return sorted(found, key=lambda each: each.pid)
             with contextlib.suppress(psutil.NoSuchProcess):
                 below = psutil.Process(self.driver.pid).children(recursive=True)
-                if found := ray_processes(self.driver.pid, title) or [each for each in below if each.name() == title]:
-                    return sorted(found, key=lambda each: each.pid)
-            time.sleep(0.05)
         return []
 
     def victim(self, title: str) -> psutil.Process | None:
@@ -66,6 +69,14 @@ class Scene:
     @property
     def checkpoints(self) -> Path:
         return self.journey.workspace / "checkpoints" / self.fault.phase
+
+
+def is_titled(process: psutil.Process, title: str) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and (
+            process.name() == title or " ".join(process.cmdline()).startswith(f"ray::{title}")
+        )
+    return False
 
 
 def newest_step(journey: Journey, phase: str, after_row: int = 0) -> int:

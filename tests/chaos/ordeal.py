@@ -123,12 +123,11 @@ class Ordeal:
                 stdout=console, stderr=console, cwd=ROOT, env=words, start_new_session=True,
             )  # fmt: skip
 
-    def _watch(self) -> None:
-        """Remember every process below the driver, whoever their parent is later."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for each in psutil.Process(self.driver.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    self.seen[each.pid, each.create_time()] = each
+    def _watch(self) -> list[psutil.Process]:
+        """Every process below the driver, remembered, whoever its parent is later."""
+        below = psutil.Process(self.driver.pid).children(recursive=True) if self.driver.poll() is None else []
+        self.seen |= {(each.pid, each.create_time()): each for each in below}
+        return below
 
     def _strike(self, fault: Fault) -> None:
         blow = Blow(fault)
@@ -141,11 +140,10 @@ class Ordeal:
             self._wait_for(fault, last)
         if self.driver.poll() is not None or self._phase_is_over(fault):
             return
-        self._watch()
+        below = self._watch()
         blow.row, blow.at_step = len(self.journey.rows(fault.phase)), newest_step(self.journey, fault.phase)
         self.blow_s = time.monotonic()
-        blow.done = KINDS[fault.kind].strike(Scene(self.journey, self.driver, fault, self.clock))
-        self._watch()
+        blow.done = KINDS[fault.kind].strike(Scene(self.journey, self.driver, fault, self.clock, below))
         if fault.workers is not None and blow.done:
             self.journey = self.journey.with_overrides(f"engine.workers={fault.workers}")
         if not KINDS[fault.kind].may_go_on and blow.done:
@@ -193,8 +191,9 @@ class Ordeal:
             while self.driver.poll() is None:
                 self._note_return(last)
                 assert time.monotonic() - began_s < WHOLE_WITHIN_S, f"the run goes on for too long: {self.console()}"
-                self._watch()
-                time.sleep(0.1)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self._watch()
+                time.sleep(0.5)
             if self.driver.returncode == 0:
                 break
             assert last.status is None, f"the command ended with {self.driver.returncode}: {self.console()}"
