@@ -104,6 +104,7 @@ class Ordeal:
             try:
                 for fault in self.schedule.faults:
                     self._strike(fault)
+                    (self.folder / "outcome.json").write_text(json.dumps(asdict(self.outcome), indent=1))
                 self._finish(began_s)
             finally:
                 end_with_children(self.driver)
@@ -161,7 +162,8 @@ class Ordeal:
         self._note_return(last)
 
     def _phase_is_over(self, fault: Fault) -> bool:
-        return (self.journey.workspace / "stages" / f"{fault.phase}.json").exists()
+        mark = self.journey.workspace / "stages" / f"{fault.phase}.json"
+        return mark.exists() and json.loads(mark.read_text()).get("finished") is not None
 
     def _note_return(self, last: Blow | None) -> None:
         if last and last.done and last.back_after_s is None:
@@ -226,7 +228,8 @@ class Ordeal:
             allowed = ROUNDING if self.schedule.keeps_order else REARRANGED
             assert max(self.outcome.differences.values()) < allowed, f"{self.outcome.differences}, allowed {allowed}"
         with noted(problems, "shared memory"):
-            assert abandoned(set(os.listdir("/dev/shm")) - self.shared_memory) == []
+            left = abandoned(set(os.listdir("/dev/shm")) - self.shared_memory)
+            assert left == [], f"left in /dev/shm: {left}"
         with noted(problems, "lock"), (journey.workspace / "driver.lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with noted(problems, "results"):
