@@ -133,7 +133,7 @@ class Ordeal:
     def _strike(self, fault: Fault) -> None:
         blow = Blow(fault)
         self.outcome.blows.append(blow)
-        last = self.outcome.blows[-2] if len(self.outcome.blows) > 1 else None
+        last = self.outcome.struck[-1] if self.outcome.struck else None
         if fault.after_s is not None:
             time.sleep(fault.after_s)
             self._start_again(last)
@@ -188,7 +188,7 @@ class Ordeal:
         self.driver = self._start()
 
     def _finish(self, began_s: float) -> None:
-        last = self.outcome.blows[-1]
+        last = self.outcome.struck[-1] if self.outcome.struck else Blow(self.schedule.faults[-1])
         while True:
             while self.driver.poll() is None:
                 self._note_return(last)
