@@ -63,17 +63,26 @@ class RunLog:
     def push(self, rows: list[dict[str, Any]]) -> bool:
         """Write rows and keep them for `newer`. Whether the workers are asked to leave."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        for row in rows:
-            self.last_number = max(self.last_number + 1, time.time_ns())  # goes on rising in a restarted actor
-            self.rows.append((self.last_number, row))
         if self.store.is_local:
-            with open(self.store.locate(self.name), "ab") as file:
-                file.write(text)
+            self._append(text)
         else:
             self.text += text
         for row in rows:
+            self.last_number = max(self.last_number + 1, time.time_ns())  # goes on rising in a restarted actor
+            self.rows.append((self.last_number, row))
             self._tell("see", row)
         return self.leaving
+
+    def _append(self, text: bytes) -> None:
+        """Whole or not at all: of a line that a full disk cut off, the next one would become a part."""
+        with open(self.store.locate(self.name), "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                while text:
+                    text = text[file.write(text) :]
+            except OSError:
+                file.truncate(end)
+                raise
 
     def _tell(self, how: str, row: dict[str, Any]) -> None:
         for watcher in list(self.watchers):

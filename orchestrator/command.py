@@ -77,8 +77,8 @@ def run_command(command: Command, out: TextIO, err: TextIO, job: Job | None = No
     except UserError as error:
         _list_problems(error.problems, console)
         return TO_MEND
-    except (KeyboardInterrupt, SystemExit):  # Ray may answer either by one of its own
-        number = signals[0] if signals else int(signal.SIGINT)
+    except (KeyboardInterrupt, SystemExit) as stop:  # Ray may answer either by one of its own; while it starts, always
+        number = signals[0] if signals else int(signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT)
         console.close()
         console.text(
             f"stopped by {signal.Signals(number).name}. To go on from the last checkpoint, run the same again:"

@@ -4,7 +4,7 @@ import json
 import os
 import threading
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -71,11 +71,15 @@ class Store:
                 stream.write(data)
             return
         temporary = f"{path}.{os.getpid()}-{threading.get_ident()}.partial"
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)  # a full disk would stay full
+            raise
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a value as JSON, whole or not at all."""

@@ -1,6 +1,7 @@
 """The log as a plain class."""
 
 import json
+import resource
 
 import pytest
 
@@ -50,6 +51,21 @@ class TestWriting:
             log.push([{"phase": phase}])
             log.flush()
         assert written(workspace) == [{"phase": "pruning"}]
+
+    def test_a_disk_that_fills_up_and_is_cleared(self, tmp_path):
+        """Catches the part of a row that still fitted, joined to the first row that fits again."""
+        log = RunLog(str(tmp_path), "pruning")
+        log.push([{"step": 1}])
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len('{"step": 1}\n') + 5, hard))
+        try:
+            with pytest.raises(OSError, match="large"):
+                log.push([{"step": 2}])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        log.push([{"step": 2}])
+        assert written(str(tmp_path)) == [{"step": 1}, {"step": 2}]
+        assert [row for _, row in log.newer(0)] == [{"step": 1}, {"step": 2}]
 
     def test_local_rows_need_no_flush(self, tmp_path):
         # catches a console and a report that lag behind on a local disk

@@ -145,6 +145,14 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, number, status):
     assert "Traceback" not in text
 
 
+def test_sigterm_while_ray_starts(tmp_path):
+    """Ray's own handler, there until Ray has started, exits without a KeyboardInterrupt: it was told as SIGINT, 130."""
+    program = WAITING.replace("time.sleep(60)", "sys.exit(15)")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 143
+    assert "stopped by SIGTERM" in done.stderr
+
+
 def test_an_unforeseen_failure_has_status_1_and_its_traceback(tmp_path):
     program = WAITING.replace("time.sleep(60)", "1 / 0")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)

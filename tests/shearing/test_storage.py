@@ -1,5 +1,6 @@
 import gzip
 import os
+import resource
 
 import pyarrow.fs as pafs
 import pytest
@@ -35,6 +36,20 @@ class TestFiles:
         store.write_bytes("x", b"second")
         assert store.read_bytes("x") == b"second"
         assert store.list() == ["x"]
+
+    def test_nothing_is_left_of_what_does_not_fit(self, tmp_path):
+        # catches a full disk that stays full of halves, and a good file lost to one
+        store = open_store(str(tmp_path))
+        store.write_bytes("x", b"first")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(OSError, match="large"):
+                store.write_bytes("x", bytes(5000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert store.list() == ["x"]
+        assert store.read_bytes("x") == b"first"
 
     def test_compressed_files_stay_as_they_are(self, store):
         # catches pyarrow's own unpacking by file name, which would break sizes and hashes
