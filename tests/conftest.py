@@ -1,13 +1,13 @@
 import contextlib
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
-from journeys import Journey, end_of, end_with_children, environment, free_ports, small_journey, wait_until
+from clusters import started_head
+from journeys import Journey, small_journey
 
 from orchestrator.phases import phase_config
 from orchestrator.recipe_loading import load_recipe
@@ -51,35 +51,9 @@ def finished_journey(tmp_path_factory: pytest.TempPathFactory) -> tuple[Journey,
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A cluster by `ray start --head` with ports and a folder of its own; the environment that reaches it."""
-    ports = free_ports(6)
-    with tempfile.TemporaryDirectory(prefix="shear-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        words = environment() | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
-        words["RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"] = f"{folder}/dashboards"
-        words["PATH"] = f"{Path(sys.executable).parent}:{words['PATH']}"
-        names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port",
-                 "dashboard-agent-grpc-port", "metrics-export-port")  # fmt: skip
-        given = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
-        log = tmp_path / "ray-start.log"
-        with log.open("w") as file:
-            head = subprocess.Popen(
-                ["ray", "start", "--head", "--block", "--num-cpus=6", f"--temp-dir={folder}", *given],
-                env=words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        try:
-            address = f"http://127.0.0.1:{ports[1]}"
-            ready = ["ray", "job", "list", f"--address={address}"]
-
-            def answers() -> bool:
-                done = subprocess.run(ready, env=words, capture_output=True, check=False)
-                return head.poll() is not None or done.returncode == 0
-
-            wait_until(answers, "the cluster", every_s=1)
-            assert head.poll() is None, log.read_text()
-            yield words | {"RAY_API_SERVER_ADDRESS": address}
-        finally:
-            end_with_children(head)
-            end_of(folder)
+    """A cluster of one node with six CPUs; the environment that reaches it."""
+    with started_head(tmp_path / "ray-start.log", 6) as head:
+        yield head.words
 
 
 @pytest.fixture

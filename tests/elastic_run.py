@@ -1,62 +1,94 @@
-"""One phase on a cluster of real raylets that loses a node and gets another; run as a script by test_elastic.py.
+"""One phase on a cluster of real raylets whose nodes come and go; run as a script by test_elastic.py.
 
-python tests/elastic_run.py PHASE.json WORKSPACE
+python tests/elastic_run.py PHASE.json WORKSPACE EVENT ...
+
+An event is `gain:STEP`, a node of one CPU that joins at that step; `lose:STEP`, the last node with all its processes killed
+at once; `lose:STEP:saving` and `lose:STEP:evaluating`, the same at the first moment from that step on at which a
+checkpoint is half written, or the losses of an evaluation are being collected.
 """
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from orchestrator.ray_session import ENVIRONMENT
+os.environ["RAY_AUTH_MODE"] = "disabled"
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "chaos")]
 
-os.environ.update(ENVIRONMENT | {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30"})
-
-import ray
+import psutil
+from faults import evaluating, incomplete, is_titled, newest_step
+from journeys import Journey, end_with_children
 from ray.cluster_utils import Cluster
 
-from actors import training
-from shearing.training.phase import PhaseConfig
-
 CPUS_OF_A_NODE = 1
-LOST_AT, BACK_AT = 20, 60
+HELD_STILL_S = 0.1
 
 
-def newest_step(metrics: Path) -> int:
-    """The newest step in a phase's metrics."""
-    if not metrics.exists():
-        return 0
-    rows = [json.loads(line) for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return max((row["step"] for row in rows), default=0)
+class ElasticRun:
+    """A phase's driver and the nodes that it runs on, of which the head is never lost."""
+
+    def __init__(self, phase_file: str, workspace: str) -> None:
+        self.phase: str = json.loads(Path(phase_file).read_text())["name"]
+        self.journey = Journey(Path(workspace), [])
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_OF_A_NODE})
+        self.nodes = [self.cluster.add_node(num_cpus=CPUS_OF_A_NODE)]
+        script = [sys.executable, str(ROOT / "tests" / "phase_run.py"), phase_file, workspace]
+        self.driver = subprocess.Popen(script, env=os.environ | {"RAY_ADDRESS": self.cluster.address})
+
+    def bring_about(self, event: str) -> None:
+        kind, step, *moment = event.split(":")
+        while newest_step(self.journey, self.phase) < int(step):
+            assert self.driver.poll() is None, f"the phase ended before {event}"
+            time.sleep(0.03)
+        if kind == "gain":
+            self.nodes.append(self.cluster.add_node(num_cpus=CPUS_OF_A_NODE))
+        else:
+            self._lose(moment[0] if moment else "")
+
+    def _lose(self, moment: str) -> None:
+        node = self.nodes.pop()
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        tree = [raylet, *raylet.children(recursive=True)]
+        (worker,) = (each for each in tree if is_titled(each, "RayTrainWorker"))
+        while moment and not self._caught(moment, worker):
+            assert self.driver.poll() is None, f"the phase ended before it was caught {moment}"
+        for each in tree:
+            each.send_signal(signal.SIGKILL)
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def _caught(self, moment: str, worker: psutil.Process) -> bool:
+        """Whether the worker now stands still in the middle of it; goes on where it does not."""
+
+        def holds() -> bool:
+            if moment == "saving":
+                return incomplete(self.journey.workspace / "checkpoints" / self.phase)
+            return evaluating(self.journey, self.phase)
+
+        if not holds():
+            time.sleep(0.001)
+            return False
+        worker.send_signal(signal.SIGSTOP)
+        time.sleep(HELD_STILL_S)
+        if still := holds():
+            return still
+        worker.send_signal(signal.SIGCONT)
+        return False
 
 
-def main(phase_file: str, workspace: str) -> None:
-    """Run the phase in a thread; the nodes come and go by the main one, which alone may start them."""
-    phase = PhaseConfig.model_validate_json(Path(phase_file).read_text())
-    metrics = Path(workspace) / "metrics" / f"{phase.name}.jsonl"
-    training.LOOK_FOR_ROOM_EVERY_S = 2.0
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_OF_A_NODE})
-    node = cluster.add_node(num_cpus=CPUS_OF_A_NODE)
+def main(phase_file: str, workspace: str, *events: str) -> int:
+    run = ElasticRun(phase_file, workspace)
     try:
-        ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": ENVIRONMENT})
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(training.run_phase, phase, workspace, lambda _report: None)
-
-            def wait_for(step: int) -> None:
-                while newest_step(metrics) < step and not running.done():
-                    time.sleep(0.05)
-
-            wait_for(LOST_AT)
-            cluster.remove_node(node, allow_graceful=False)
-            wait_for(BACK_AT)
-            cluster.add_node(num_cpus=CPUS_OF_A_NODE)
-            running.result()
+        for event in events:
+            run.bring_about(event)
+        return run.driver.wait()
     finally:
-        ray.shutdown()
-        cluster.shutdown()
+        end_with_children(run.driver)
+        run.cluster.shutdown()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

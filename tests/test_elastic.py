@@ -7,7 +7,7 @@ import sys
 import pytest
 from journeys import ROOT, Journey, check_data_account, environment
 
-STEPS, BATCH_SEQUENCES = 400, 8
+STEPS, BATCH_SEQUENCES = 300, 8
 
 
 @pytest.mark.slow
