@@ -26,7 +26,7 @@ from actors.checkpoints import checkpoint_name, newest_checkpoint, settle_checkp
 from actors.domain_weights import DomainWeightsClient, start_domain_weights
 from actors.feeder import FeedPlan, RayDataSource, start_feeder
 from actors.metrics import RunMetrics
-from actors.nodes import NodesCounted, count_nodes
+from actors.nodes import count_nodes
 from actors.run_log import RunLog
 from actors.trackers import TRACKERS
 from actors.wishes import Wishes, resources_per_worker
@@ -69,7 +69,7 @@ def run_phase(phase: PhaseConfig, workspace_uri: str, on_report: Callable[[Repor
     """
     workspace = open_store(workspace_uri)
     checkpoints = workspace.child("checkpoints")
-    count_nodes()  # before the streams do
+    count_nodes()  # before any stream
     with _phase_actors(phase, workspace) as actors, _Followed(actors["log"], on_report):
         if problems := ray.get(actors["weights"].problems.remote()):
             raise UserError(problems)
@@ -178,7 +178,6 @@ def _fit_group(settings: dict[str, Any], checkpoints: Store) -> dict[str, Any]:
                 storage_filesystem=None if checkpoints.is_local else checkpoints.filesystem,
                 failure_config=FailureConfig(max_failures=engine.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
-                callbacks=[NodesCounted()],
             ),
         )
 

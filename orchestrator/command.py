@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -86,10 +87,7 @@ def run_command(command: Command, out: TextIO, err: TextIO, job: Job | None = No
         console.text(f"  {_again()}")
         return 128 + number
     except Exception as error:  # the one place where any failure becomes an exit status
-        console.close()
-        console.text("".join(traceback.format_exception(error)).rstrip())
-        console.text(f"failed. What was finished is kept; to go on from there, run the same again:\n  {_again()}")
-        return FAILED
+        return _fail("".join(traceback.format_exception(error)).rstrip(), console)
 
 
 def _run(command: Command, console: Console, out: TextIO) -> int:
@@ -102,7 +100,7 @@ def _run(command: Command, console: Console, out: TextIO) -> int:
     if problems := preflight(recipe):
         raise UserError(problems)
     console.note(f"recipe {recipe.name} checked in {format_duration(time.monotonic() - started)}")
-    session = RaySession(recipe, command.verbose, command.dashboard)
+    session = RaySession(recipe, command.verbose, command.dashboard, on_lost=partial(end_without_ray, console))
     context = run_recipe(recipe, console, session)
     _say_where(recipe, context, time.monotonic() - started, out)
     return DONE
@@ -121,6 +119,18 @@ def _list_problems(problems: list[str], console: Console) -> None:
     console.text(f"{len(problems)} {'problem' if len(problems) == 1 else 'problems'} to mend:")
     for problem in problems:
         console.text("  - " + problem.replace("\n", "\n    "))
+
+
+def _fail(why: str, console: Console) -> int:
+    console.close()
+    console.text(why)
+    console.text(f"failed. What was finished is kept; to go on from there, run the same again:\n  {_again()}")
+    return FAILED
+
+
+def end_without_ray(console: Console, why: str) -> None:
+    """End the process: without its head, Ray never returns from what the main thread waits for."""
+    os._exit(_fail(why, console))
 
 
 def _again() -> str:

@@ -1,9 +1,10 @@
 """The comparison as a job of the command line."""
 
 import time
+from functools import partial
 from typing import TextIO
 
-from orchestrator.command import DONE, FAILED, TO_MEND, Command
+from orchestrator.command import DONE, FAILED, TO_MEND, Command, end_without_ray
 from orchestrator.comparison_checks import comparison_problems, comparison_recipe, plan_comparison
 from orchestrator.comparison_checks import render_comparison_plan as render
 from orchestrator.comparison_run import comparison_session
@@ -30,7 +31,8 @@ def compare(command: Command, console: Console, out: TextIO) -> int:
         from shearing.evaluation.harness import check_tasks  # loads the harness, where it is installed
 
         check_tasks(recipe.comparison.tasks)
-    session = comparison_session(recipe, command.verbose, command.dashboard)
+    on_lost = partial(end_without_ray, console)
+    session = comparison_session(recipe, command.verbose, command.dashboard, on_lost)
     context = run_recipe(recipe, console, session, COMPARISON_STAGES)
     out.write(f"{context.outputs['comparison']['verdict']}\n")
     out.write(f"{recipe.name}: compared in {format_duration(time.monotonic() - started)}\n")

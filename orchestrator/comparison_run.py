@@ -9,7 +9,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -221,6 +221,6 @@ class _Followed:
                 self.console.note(f"{self.run.name}: {name} took {format_duration(mark.seconds or 0)}")
 
 
-def comparison_session(recipe: Recipe, verbose: bool, dashboard: bool) -> RaySession:
+def comparison_session(recipe: Recipe, verbose: bool, dashboard: bool, on_lost: Callable[[str], None]) -> RaySession:
     """Ray for all methods together: embedded, with CPUs declared for as many runs as go on at once."""
-    return RaySession(recipe, verbose, dashboard, runs_at_once=runs_at_once(recipe, None))
+    return RaySession(recipe, verbose, dashboard, runs_at_once(recipe, None), on_lost)

@@ -9,12 +9,13 @@ import socket
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from orchestrator.console import Console
+from orchestrator.head_watch import GIVEN_UP_AFTER_S, HeadWatch
 from orchestrator.recipe import Recipe
 from shearing.errors import UserError
 
@@ -103,13 +104,23 @@ class RaySession:
         verbose: Let Ray's and the workers' own output through.
         dashboard: Serve Ray's dashboard where Ray is embedded (a cluster has its own).
         runs_at_once: Runs of such a recipe that go on beside each other, for which an embedded Ray declares CPUs.
+        on_lost: Told why in a thread of its own where Ray's head is gone; the main thread may wait for Ray for ever.
     """
 
-    def __init__(self, recipe: Recipe, verbose: bool = False, dashboard: bool = False, runs_at_once: int = 1) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        verbose: bool = False,
+        dashboard: bool = False,
+        runs_at_once: int = 1,
+        on_lost: Callable[[str], None] | None = None,
+    ) -> None:
         self.logical_cpus = logical_cpus(recipe, runs_at_once)
         self.recipe, self.verbose, self.dashboard = recipe, verbose, dashboard
         self.is_embedded = os.environ.get(ADDRESS_VARIABLE, "local") in ("", "local")
         self._started = False
+        self._on_lost = on_lost
+        self._watch: HeadWatch | None = None
 
     def __enter__(self) -> "RaySession":
         return self
@@ -120,6 +131,8 @@ class RaySession:
         if self._started:
             import ray
 
+            if self._watch is not None:
+                self._watch.stop()
             ray.shutdown()
             self._started = False
 
@@ -134,6 +147,7 @@ class RaySession:
         with _own_handlers():
             self._init(environment, console)
         self._started = True
+        self._watch_head()
         self._check(console)
 
     def _init(self, environment: dict[str, str], console: Console) -> None:
@@ -166,6 +180,13 @@ class RaySession:
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
                 raise UserError(_cannot_join(address, error)) from error
         _quiet_data(self.verbose)
+
+    def _watch_head(self) -> None:
+        import ray
+
+        if (tell := self._on_lost) is not None:
+            address = ray.get_runtime_context().gcs_address
+            self._watch = HeadWatch(address, lambda: tell(_head_lost(address, self.is_embedded)))
 
     def _check(self, console: Console) -> None:
         import ray
@@ -201,6 +222,12 @@ def _check_address(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
         except OSError as error:
             raise UserError(_cannot_join(address, error)) from None
+
+
+def _head_lost(address: str, is_embedded: bool) -> str:
+    what = "Ray's head in this process's own Ray" if is_embedded else f"the Ray cluster's head at {address}"
+    remedy = "" if is_embedded else f" Start a head anew and set {ADDRESS_VARIABLE} to it first."
+    return f"{what} has not answered for {GIVEN_UP_AFTER_S:g} s: it is lost, and its workers with it.{remedy}"
 
 
 def _cannot_join(address: str, error: Exception) -> str:

@@ -12,6 +12,7 @@ from journeys import end_of, end_with_children, environment, free_ports, wait_un
 
 PORTS = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
          "metrics-export-port")  # fmt: skip
+STARTED = "Ray runtime started"
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,18 @@ def started_head(log: Path, cpus: int, *options: str, port: int | None = None, *
     with tempfile.TemporaryDirectory(prefix="shear-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         words = environment() | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
         words["RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"] = f"{folder}/dashboards"
-        words["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports[1]}"
+        words["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports[1]}"  # where there is a dashboard
         words["PATH"] = f"{Path(sys.executable).parent}:{words['PATH']}"
         given = [f"--{name}={number}" for name, number in zip(PORTS, ports, strict=True)]
         command = ["ray", "start", "--head", "--block", f"--num-cpus={cpus}", f"--temp-dir={folder}", *given, *options]
-        with log.open("a") as file:
+        with log.open("w") as file:
             process = subprocess.Popen(
                 command, env=words | more, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
         head = Head(process, folder, f"127.0.0.1:{ports[0]}", words)
         try:
-            wait_until(lambda: process.poll() is not None or _answers(words), "the cluster", every_s=1)
+            wait_until(lambda: process.poll() is not None or STARTED in log.read_text(), "the head", every_s=0.5)
             assert process.poll() is None, log.read_text()
             yield head
         finally:
             head.kill()
-
-
-def _answers(words: dict[str, str]) -> bool:
-    return subprocess.run(["ray", "job", "list"], env=words, capture_output=True, check=False).returncode == 0

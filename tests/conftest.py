@@ -7,11 +7,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 from clusters import started_head
-from journeys import Journey, small_journey
+from journeys import Journey, small_journey, wait_until
 
 from orchestrator.phases import phase_config
 from orchestrator.recipe_loading import load_recipe
-from shearing.training.phase import PhaseConfig
+from shearing.training.phase import PhaseConfig, PhaseName
 
 # a busy machine is no fault of the code: nothing here is asked to be fast
 hypothesis.settings.register_profile("shear", deadline=None)
@@ -53,21 +53,36 @@ def finished_journey(tmp_path_factory: pytest.TempPathFactory) -> tuple[Journey,
 def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A cluster of one node with six CPUs; the environment that reaches it."""
     with started_head(tmp_path / "ray-start.log", 6) as head:
+        ready = ["ray", "job", "list"]
+
+        def answers() -> bool:
+            return subprocess.run(ready, env=head.words, capture_output=True, check=False).returncode == 0
+
+        wait_until(answers, "the cluster's dashboard", every_s=1)
         yield head.words
 
 
 @pytest.fixture
 def pruning_phase(finished_journey: tuple[Journey, subprocess.CompletedProcess]) -> PhaseConfig:
     """Mask learning of the finished journey as its driver described it, on the same corpus and source model."""
-    journey, done = finished_journey
+    return described(finished_journey, "pruning", "source")
+
+
+@pytest.fixture
+def recovery_phase(finished_journey: tuple[Journey, subprocess.CompletedProcess]) -> PhaseConfig:
+    """The finished journey's continued pretraining, of the same pruned model."""
+    return described(finished_journey, "recovery", "pruned")
+
+
+def described(finished: tuple[Journey, subprocess.CompletedProcess], name: PhaseName, model: str) -> PhaseConfig:
+    journey, done = finished
     assert done.returncode == 0, done.stderr
     recipe = load_recipe(str(journey.workspace / "recipe.yaml"), [])
-    source = journey.json("stages/source.json")["outputs"]["model"]
     return phase_config(
         recipe,
-        "pruning",
-        model=source,
-        source=source,
+        name,
+        model=str(journey.workspace / model),
+        source=journey.json("stages/source.json")["outputs"]["model"],
         corpus=journey.json("stages/corpus.json")["outputs"]["path"],
         references=journey.json("stages/references.json")["outputs"]["losses"],
     )

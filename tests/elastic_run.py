@@ -2,8 +2,8 @@
 
 python tests/elastic_run.py PHASE.json WORKSPACE EVENT ...
 
-An event is `gain:STEP`, a node of one CPU that joins at that step; `lose:STEP`, the last node with all its processes killed
-at once; `lose:STEP:saving` and `lose:STEP:evaluating`, the same at the first moment from that step on at which a
+An event is `gain:STEP`, a node of one CPU that joins at that step; `lose:STEP`, the last node with all its processes
+killed at once; `lose:STEP:saving` and `lose:STEP:evaluating`, the same at the first moment from that step on at which a
 checkpoint is half written, or the losses of an evaluation are being collected.
 """
 
@@ -16,12 +16,10 @@ import time
 from pathlib import Path
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "chaos")]
 
 import psutil
 from faults import evaluating, incomplete, is_titled, newest_step
-from journeys import Journey, end_with_children
+from journeys import ROOT, Journey, end_with_children
 from ray.cluster_utils import Cluster
 
 CPUS_OF_A_NODE = 1
@@ -34,7 +32,9 @@ class ElasticRun:
     def __init__(self, phase_file: str, workspace: str) -> None:
         self.phase: str = json.loads(Path(phase_file).read_text())["name"]
         self.journey = Journey(Path(workspace), [])
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_OF_A_NODE})
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": CPUS_OF_A_NODE, "include_dashboard": False}
+        )
         self.nodes = [self.cluster.add_node(num_cpus=CPUS_OF_A_NODE)]
         script = [sys.executable, str(ROOT / "tests" / "phase_run.py"), phase_file, workspace]
         self.driver = subprocess.Popen(script, env=os.environ | {"RAY_ADDRESS": self.cluster.address})

@@ -97,21 +97,21 @@ class Journey:
     def with_overrides(self, *overrides: str) -> "Journey":
         return Journey(self.workspace, [*self.arguments, *overrides])
 
-    def start(self) -> subprocess.Popen:
-        """The real command, in a process group of its own."""
+    def start(self, **more: str) -> subprocess.Popen:
+        """The real command, in a process group of its own; `more` is added to its environment."""
         return subprocess.Popen(
             [sys.executable, str(SCRIPT), *self.arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=environment(),
+            env=environment() | more,
             start_new_session=True,
         )
 
-    def run(self, timeout_s: float = 400) -> subprocess.CompletedProcess:
+    def run(self, timeout_s: float = 400, **more: str) -> subprocess.CompletedProcess:
         """The real command to its end."""
-        process = self.start()
+        process = self.start(**more)
         try:
             out, err = process.communicate(timeout=timeout_s)
         finally:
