@@ -16,7 +16,7 @@ from journeys import ROOT, Journey, check_data_account, end_with_children, free_
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 from test_faults import newest_step
 
-BATCH_SEQUENCES, IDLE_S = 8, 15
+BATCH_SEQUENCES, IDLE_MINUTES = 8, 1
 
 
 def autoscaling(port: int) -> dict:
@@ -32,7 +32,7 @@ def autoscaling(port: int) -> dict:
             "launch_multiple": True,
         },
         "max_workers": 2,
-        "idle_timeout_minutes": IDLE_S / 60,
+        "idle_timeout_minutes": IDLE_MINUTES,
         "head_node_type": FAKE_HEAD_NODE_TYPE,
         "available_node_types": {
             FAKE_HEAD_NODE_TYPE: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
