@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TextIO
 
 from orchestrator.console import Console, format_duration
+from orchestrator.head_watch import HeadLostError
 from orchestrator.plan import plan
 from orchestrator.plan_text import render_plan
 from orchestrator.preflight import preflight
@@ -86,6 +87,8 @@ def run_command(command: Command, out: TextIO, err: TextIO, job: Job | None = No
         )
         console.text(f"  {_again()}")
         return 128 + number
+    except HeadLostError as error:
+        return _fail(str(error), console)
     except Exception as error:  # the one place where any failure becomes an exit status
         return _fail("".join(traceback.format_exception(error)).rstrip(), console)
 

@@ -14,6 +14,10 @@ ANSWER_WITHIN_S = 5.0
 GIVEN_UP_AFTER_S = 30.0  # a head that comes back has less than Ray's own 60 s; we have to be the first to speak
 
 
+class HeadLostError(RuntimeError):
+    """Ray's head is gone, and with it all that ran there."""
+
+
 class HeadWatch:
     """Calls `lost`, once, in a thread of its own, when the head has not taken a connection for so long.
 
@@ -35,13 +39,14 @@ class HeadWatch:
     def _look(self) -> None:
         answered_s = time.monotonic()
         while not self._over.wait(LOOK_EVERY_S):
-            if self._answers():
+            if self.answers():
                 answered_s = time.monotonic()
             elif time.monotonic() - answered_s > GIVEN_UP_AFTER_S and not self._over.is_set():
                 self.lost()
                 return
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Whether the head takes a connection now."""
         try:
             socket.create_connection(self.place, timeout=ANSWER_WITHIN_S).close()
         except OSError:

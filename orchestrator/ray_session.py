@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from orchestrator.console import Console
-from orchestrator.head_watch import GIVEN_UP_AFTER_S, HeadWatch
+from orchestrator.head_watch import HeadLostError, HeadWatch
 from orchestrator.recipe import Recipe
 from shearing.errors import UserError
 
@@ -131,10 +131,14 @@ class RaySession:
         if self._started:
             import ray
 
+            lost = False
             if self._watch is not None:
                 self._watch.stop()
+                lost = isinstance(error, Exception) and not self._watch.answers()
             ray.shutdown()
             self._started = False
+            if lost:  # whatever Ray made of it
+                raise HeadLostError(self._head_lost()) from error
 
     def start(self, console: Console) -> None:
         """Have Ray running; does nothing the second time. Raises UserError where the cluster cannot hold the recipe."""
@@ -185,8 +189,16 @@ class RaySession:
         import ray
 
         if (tell := self._on_lost) is not None:
-            address = ray.get_runtime_context().gcs_address
-            self._watch = HeadWatch(address, lambda: tell(_head_lost(address, self.is_embedded)))
+            self._watch = HeadWatch(ray.get_runtime_context().gcs_address, lambda: tell(self._head_lost()))
+
+    def _head_lost(self) -> str:
+        if self.is_embedded:
+            return "the head of this run's own Ray does not answer: it is lost, and its workers with it."
+        address = os.environ[ADDRESS_VARIABLE]
+        return (
+            f"{ADDRESS_VARIABLE} = {address!r}: the cluster's head does not answer: it is lost, and its workers with "
+            f"it. Start a head first, and set {ADDRESS_VARIABLE} to it."
+        )
 
     def _check(self, console: Console) -> None:
         import ray
@@ -222,12 +234,6 @@ def _check_address(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
         except OSError as error:
             raise UserError(_cannot_join(address, error)) from None
-
-
-def _head_lost(address: str, is_embedded: bool) -> str:
-    what = "Ray's head in this process's own Ray" if is_embedded else f"the Ray cluster's head at {address}"
-    remedy = "" if is_embedded else f" Start a head anew and set {ADDRESS_VARIABLE} to it first."
-    return f"{what} has not answered for {GIVEN_UP_AFTER_S:g} s: it is lost, and its workers with it.{remedy}"
 
 
 def _cannot_join(address: str, error: Exception) -> str:

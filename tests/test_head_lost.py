@@ -25,7 +25,7 @@ def test_a_run_goes_on_on_a_new_head_by_the_same_command(finished_journey, tmp_p
         finally:
             end_with_children(driver)
     assert driver.returncode == 1
-    assert "it is lost, and its workers with it" in words
+    assert "head does not answer: it is lost" in words, words
     assert "run the same again" in words
     assert "Traceback" not in words
     with started_head(tmp_path / "second.log", 6, "--include-dashboard=false") as second:

@@ -13,9 +13,15 @@ import pytest
 import ray
 from clusters import Head, started_head
 from journeys import ROOT, Journey, check_data_account, end_with_children, free_ports, wait_until
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
+from ray.autoscaler._private.fake_multi_node.node_provider import (
+    FAKE_HEAD_NODE_ID,
+    FAKE_HEAD_NODE_TYPE,
+    FakeMultiNodeProvider,
+)
 from test_faults import newest_step
 
+COMMANDS = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
+            "head_start_ray_commands", "worker_start_ray_commands")  # fmt: skip
 BATCH_SEQUENCES, IDLE_MINUTES = 8, 1
 
 
@@ -26,11 +32,18 @@ def autoscaling(port: int) -> dict:
     return {
         "cluster_name": "on-this-machine",
         "provider": {
-            "type": "fake_multinode",
+            "type": "external",  # by its own name, Ray looks for defaults that are not in its package
+            "module": f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__name__}",
             "gcs_address": address,
             "head_node_id": FAKE_HEAD_NODE_ID,
             "launch_multiple": True,
+            "use_node_id_as_ip": True,  # all nodes have one address
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
         },
+        **dict.fromkeys(COMMANDS, []),
+        "file_mounts": {},
+        "cluster_synced_files": [],
         "max_workers": 2,
         "idle_timeout_minutes": IDLE_MINUTES,
         "head_node_type": FAKE_HEAD_NODE_TYPE,
