@@ -122,7 +122,7 @@ def test_nodes_come_when_a_phase_asks_for_more_and_go_after_it(head, pruning_pha
     assert [row["text"].rpartition("with ")[2] for row in starts] == ["2 workers"]
     assert most == 2
     check_data_account(journey.rows("pruning"), 300, BATCH_SEQUENCES, journey.checkpoints("pruning")[-1])
-    wait_until(lambda: nodes(head) == 1, "the idle node's end")
+    wait_until(lambda: nodes(head) == 1, "the idle node's end", timeout_s=600)
 
     values["engine"] |= {"workers": 3}
     values["training"]["steps"] = 24
@@ -130,4 +130,4 @@ def test_nodes_come_when_a_phase_asks_for_more_and_go_after_it(head, pruning_pha
     assert most == 3
     assert all("-of-3-" in checkpoint.name for checkpoint in journey.checkpoints("pruning"))
     check_data_account(journey.rows("pruning"), 24, BATCH_SEQUENCES, journey.checkpoints("pruning")[-1])
-    wait_until(lambda: nodes(head) == 1, "the idle nodes' end")
+    wait_until(lambda: nodes(head) == 1, "the idle nodes' end", timeout_s=600)
