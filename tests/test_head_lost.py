@@ -18,7 +18,9 @@ def test_a_run_goes_on_on_a_new_head_by_the_same_command(finished_journey, tmp_p
     with started_head(tmp_path / "first.log", 6, "--include-dashboard=false") as first:
         driver = journey.start(**first.words, RAY_ADDRESS=first.address)
         try:
-            wait_until(lambda: newest_step(journey, "pruning") >= 11 or driver.poll() is not None, "step 11", timeout_s=900)
+            wait_until(
+                lambda: newest_step(journey, "pruning") >= 11 or driver.poll() is not None, "step 11", timeout_s=900
+            )
             assert driver.poll() is None, driver.communicate()[1]
             first.kill()
             _, words = driver.communicate(timeout=SAYS_SO_WITHIN_S)

@@ -22,7 +22,7 @@ from test_faults import newest_step
 
 COMMANDS = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
             "head_start_ray_commands", "worker_start_ray_commands")  # fmt: skip
-BATCH_SEQUENCES, IDLE_MINUTES = 8, 1
+STEPS, BATCH_SEQUENCES, IDLE_MINUTES = 200, 8, 1
 
 
 def autoscaling(port: int) -> dict:
@@ -116,12 +116,12 @@ def test_nodes_come_when_a_phase_asks_for_more_and_go_after_it(head, pruning_pha
     assert nodes(head) == 1
     values = pruning_phase.model_dump(mode="json")
     values["engine"] |= {"workers": {"min": 1, "max": 2}, "cpus_per_worker": 0.8}
-    values["training"]["steps"] = 300
+    values["training"]["steps"] = STEPS
     journey, most = run(head, values, tmp_path / "elastic")
     starts = [row for row in journey.rows("pruning") if row["kind"] == "event" and row["event"] == "resumed"]
     assert [row["text"].rpartition("with ")[2] for row in starts] == ["2 workers"]
     assert most == 2
-    check_data_account(journey.rows("pruning"), 300, BATCH_SEQUENCES, journey.checkpoints("pruning")[-1])
+    check_data_account(journey.rows("pruning"), STEPS, BATCH_SEQUENCES, journey.checkpoints("pruning")[-1])
     wait_until(lambda: nodes(head) == 1, "the idle node's end", timeout_s=600)
 
     values["engine"] |= {"workers": 3}
