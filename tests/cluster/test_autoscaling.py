@@ -41,7 +41,7 @@ def autoscaling(port: int) -> dict:
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
         },
-        **dict.fromkeys(COMMANDS, []),
+        **{name: [] for name in COMMANDS},
         "file_mounts": {},
         "cluster_synced_files": [],
         "max_workers": 2,
