@@ -8,8 +8,11 @@ whoever was the first to ask.
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 COUNTED_WITHIN_S = 60.0
+LEAVING = "leaving"
+"""The event that tells of workers who will leave after their next checkpoint, for a larger group or for good."""
 
 
 def count_nodes() -> None:
@@ -23,3 +26,30 @@ def count_nodes() -> None:
 
     account: Any = coordinator.get_or_create_autoscaling_coordinator()
     ray.get(account.get_reserved_resources.remote("shear", recompute=True), timeout=COUNTED_WITHIN_S)
+
+
+class HeldNodes:
+    """Keeps nodes from being taken away as idle between a group of workers that left and the larger one after it.
+
+    Ray Train withdraws what it asked the autoscaler for when a group ends, and asks again when the next begins. A node
+    that came while the group trained has been idle ever since, longer than an autoscaler allows: it would go at the
+    moment for which it came. One byte of memory in use on every node makes none of them idle, and takes nothing from
+    anybody.
+    """
+
+    def __init__(self) -> None:
+        self._held: PlacementGroup | None = None
+
+    def follow(self, report: dict[str, Any]) -> None:
+        """Hold where a report tells of workers who leave, and let go where it tells of a start."""
+        if report.get("event") == LEAVING and self._held is None:
+            nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+            self._held = placement_group([{"memory": 1}] * nodes, strategy="STRICT_SPREAD")
+        elif report["kind"] == "start":
+            self.close()
+
+    def close(self) -> None:
+        """Hold nothing."""
+        if self._held is not None:
+            remove_placement_group(self._held)
+            self._held = None

@@ -26,7 +26,7 @@ from actors.checkpoints import checkpoint_name, newest_checkpoint, settle_checkp
 from actors.domain_weights import DomainWeightsClient, start_domain_weights
 from actors.feeder import FeedPlan, RayDataSource, start_feeder
 from actors.metrics import RunMetrics
-from actors.nodes import count_nodes
+from actors.nodes import LEAVING, HeldNodes, count_nodes
 from actors.run_log import RunLog
 from actors.trackers import TRACKERS
 from actors.wishes import Wishes, resources_per_worker
@@ -70,7 +70,13 @@ def run_phase(phase: PhaseConfig, workspace_uri: str, on_report: Callable[[Repor
     workspace = open_store(workspace_uri)
     checkpoints = workspace.child("checkpoints")
     count_nodes()  # before any stream
-    with _phase_actors(phase, workspace) as actors, _Followed(actors["log"], on_report):
+    held = HeldNodes()
+
+    def follow(report: Report) -> None:
+        held.follow(report)
+        on_report(report)
+
+    with contextlib.closing(held), _phase_actors(phase, workspace) as actors, _Followed(actors["log"], follow):
         if problems := ray.get(actors["weights"].problems.remote()):
             raise UserError(problems)
         folder = checkpoints.child(phase.name)
@@ -229,7 +235,9 @@ def _train(settings: dict[str, Any], place: Place, log: "_RankLog") -> dict[str,
     try:
         for report in training_reports(trainer):
             log.push(report)
-            leaving = leaving or trainer.wish.leave
+            if trainer.wish.leave and not leaving:
+                leaving = True
+                log.push(event_report(trainer.state.step, LEAVING, "the workers leave after their next checkpoint"))
             if trainer.settled(report) and trainer.checkpoint_due():
                 log.flush()
                 began_s = time.perf_counter()
