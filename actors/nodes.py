@@ -11,6 +11,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 COUNTED_WITHIN_S = 60.0
+HELD_WITHIN_S = 4.0
 LEAVING = "leaving"
 """The event that tells of workers who will leave after their next checkpoint, for a larger group or for good."""
 

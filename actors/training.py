@@ -26,7 +26,7 @@ from actors.checkpoints import checkpoint_name, newest_checkpoint, settle_checkp
 from actors.domain_weights import DomainWeightsClient, start_domain_weights
 from actors.feeder import FeedPlan, RayDataSource, start_feeder
 from actors.metrics import RunMetrics
-from actors.nodes import LEAVING, HeldNodes, count_nodes
+from actors.nodes import HELD_WITHIN_S, LEAVING, HeldNodes, count_nodes
 from actors.run_log import RunLog
 from actors.trackers import TRACKERS
 from actors.wishes import Wishes, resources_per_worker
@@ -244,6 +244,8 @@ def _train(settings: dict[str, Any], place: Place, log: "_RankLog") -> dict[str,
                 name = _checkpoint(trainer, attempt)
                 log.push(checkpoint_report(trainer.state.step, name, time.perf_counter() - began_s))
                 if leaving and not trainer.finished():
+                    if place.rank == 0 and not log.asked:
+                        time.sleep(HELD_WITHIN_S)  # the driver is to hear of it first
                     return {"checkpoint": name, "left": place.world}
     except TrainingDivergedError as error:
         kept = f"the last good checkpoint is {name}" if name else "no checkpoint had been written"
