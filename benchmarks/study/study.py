@@ -30,7 +30,7 @@ READ_BY_ALL = ("seed", "corpus", "source", "engine", "evaluation", "watchdog")
 READ_BY: dict[Kind, tuple[str, ...]] = {
     "source": (),
     "prune": ("references", "mixture", "pruning"),
-    "train": ("references", "mixture", "recovery", "scratch"),
+    "train": ("references", "mixture", "recovery"),
     "speed": ("scores",),
 }
 """Sections of the recipe: a change of another one leaves a finished task as it is."""
@@ -86,7 +86,8 @@ def fingerprints(tasks: list[Task], overrides: list[str], corpus: str) -> dict[s
     prints: dict[str, str] = {}
     for task in tasks:
         before = [prints[name] for name in task.models]
-        sections = recipe_of(task, overrides).model_dump(mode="json", include={*READ_BY_ALL, *READ_BY[task.kind]})
+        read = {*READ_BY_ALL, *READ_BY[task.kind], *(["scratch"] if task.fresh else [])}
+        sections = recipe_of(task, overrides).model_dump(mode="json", include=read)
         prints[task.name] = fingerprint({"recipe": sections, "corpus": corpus, "fresh": task.fresh, "before": before})
     return prints
 
