@@ -96,8 +96,8 @@ def _warmup_problems(section: str, warmup_steps: int, phase: str, steps: int) ->
     if warmup_steps <= steps:
         return []
     return [
-        f"{section}.warmup_steps = {warmup_steps:,} is longer than the phase ({phase}.steps = {steps:,}); allowed: 0 to "
-        f"{steps:,}. Set {section}.warmup_steps={max(1, steps // 10)}."
+        f"{section}.warmup_steps = {warmup_steps:,} is longer than the phase ({phase}.steps = {steps:,}); allowed: 0 "
+        f"to {steps:,}. Set {section}.warmup_steps={max(1, steps // 10)}."
     ]
 
 
