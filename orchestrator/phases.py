@@ -1,5 +1,7 @@
 """What a recipe means for its phases: settings of training, choosing and export, as plain values for the workers."""
 
+from typing import Any
+
 from orchestrator.recipe import Recipe
 from shearing.training.choosing import ChoosingConfig
 from shearing.training.config import RecoveryConfig, TrainingConfig
@@ -47,7 +49,7 @@ def phase_config(
 
 
 def training_config(recipe: Recipe, name: PhaseName) -> TrainingConfig:
-    """The schedule of a phase: the section of the recipe that it has, or for `scratch` recovery's with its own rate."""
+    """The schedule of a phase: the section of the recipe that it has; for `scratch` recovery's with its own start."""
     if name == "source":
         assert recipe.source.train is not None
         return TrainingConfig.model_validate(recipe.source.train.model_dump(include=set(TrainingConfig.model_fields)))
@@ -55,12 +57,12 @@ def training_config(recipe: Recipe, name: PhaseName) -> TrainingConfig:
         assert recipe.pruning is not None
         return recipe.pruning
     assert recipe.recovery is not None
-    rate = recipe.recovery.learning_rate
-    if name == "scratch" and recipe.scratch is not None and recipe.scratch.learning_rate is not None:
-        rate = recipe.scratch.learning_rate
+    changed: dict[str, Any] = {}
+    if name == "scratch" and recipe.scratch is not None:
+        changed = recipe.scratch.model_dump(exclude_none=True)
     if name == "recovery" and recipe.recovery.lora is not None:
-        rate = recipe.recovery.lora.learning_rate
-    return recipe.recovery.model_copy(update={"learning_rate": rate})
+        changed = {"learning_rate": recipe.recovery.lora.learning_rate}
+    return recipe.recovery.model_copy(update=changed)
 
 
 def choosing_config(recipe: Recipe, *, source: str, destination: str, corpus: str) -> ChoosingConfig:

@@ -92,6 +92,15 @@ def _lora_problems(recipe: Recipe, facts: SourceFacts) -> list[str]:
     ]
 
 
+def _warmup_problems(section: str, warmup_steps: int, phase: str, steps: int) -> list[str]:
+    if warmup_steps <= steps:
+        return []
+    return [
+        f"{section}.warmup_steps = {warmup_steps:,} is longer than the phase ({phase}.steps = {steps:,}); allowed: 0 "
+        f"to {steps:,}. Set {section}.warmup_steps={max(1, steps // 10)}."
+    ]
+
+
 def _schedule_problems(recipe: Recipe) -> list[str]:
     problems: list[str] = []
     seen: set[str] = set()
@@ -100,12 +109,7 @@ def _schedule_problems(recipe: Recipe) -> list[str]:
             continue
         seen.add(phase.key)
         training = phase.training
-        if training.warmup_steps > training.steps:
-            problems.append(
-                f"{phase.key}.warmup_steps = {training.warmup_steps:,} is longer than the phase ({phase.key}.steps = "
-                f"{training.steps:,}); allowed: 0 to {training.steps:,}. Set {phase.key}.warmup_steps="
-                f"{max(1, training.steps // 10)}."
-            )
+        problems += _warmup_problems(phase.key, training.warmup_steps, phase.key, training.steps)
         if training.update_mixture_every_steps is not None and recipe.mixture.loss_from == "eval":
             problems.append(
                 f"{phase.key}.update_mixture_every_steps = {training.update_mixture_every_steps:,}, but with "
@@ -113,6 +117,8 @@ def _schedule_problems(recipe: Recipe) -> list[str]:
                 f"{phase.key}.update_mixture_every_steps=null and {phase.key}.evaluate_every_steps to the cadence."
             )
         problems += _batch_problems(recipe, phase.key, training.global_batch_tokens)
+    if recipe.scratch is not None and recipe.scratch.warmup_steps is not None and recipe.recovery is not None:
+        problems += _warmup_problems("scratch", recipe.scratch.warmup_steps, "recovery", recipe.recovery.steps)
     return problems + _sparsity_warmup_problems(recipe.pruning)
 
 

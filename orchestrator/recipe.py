@@ -52,6 +52,7 @@ class ScratchConfig(Config):
     """A model of the target's shape trained from nothing with recovery's schedule: the honest comparison."""
 
     learning_rate: float | None = Field(None, gt=0, description="Default: recovery's")
+    warmup_steps: int | None = Field(None, ge=0, description="Default: recovery's; fresh weights want a longer one")
 
 
 COMPARED_METHODS = (

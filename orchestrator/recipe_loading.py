@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_schema import annotation_at, describe_allowed, describe_meaning, did_you_mean, mapping_value
+from orchestrator.recipe_secrets import secret_problems
 from orchestrator.yaml_reading import read_yaml, write_yaml
 from shearing.errors import UserError
 
@@ -44,7 +45,10 @@ def recipe_from(raw: dict[str, Any]) -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise UserError(_problems_of(error)) from None
-    return _with_root(recipe)
+    recipe = _with_root(recipe)
+    if problems := secret_problems(recipe):
+        raise UserError(problems)
+    return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:

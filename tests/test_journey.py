@@ -133,6 +133,17 @@ def test_small_text_and_a_model_trained_on_it(finished_journey):
     check_nothing_is_done_again(journey, STAGES)
 
 
+def test_a_workspace_holds_no_pickle(finished_journey):
+    """Catches whatever could run code where a workspace is opened: Ray Train's and DeepSpeed's own files as well."""
+    journey, _ = finished_journey
+    files = [path for path in journey.workspace.rglob("*") if path.is_file()]
+    assert {"checkpoints", "metrics", "model", "report"} <= {
+        path.relative_to(journey.workspace).parts[0] for path in files
+    }
+    pickles = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
+    assert [path for path in files if path.read_bytes()[:4].startswith((*pickles, b"PK\x03\x04"))] == []
+
+
 def test_other_inputs_are_refused_in_a_workspace_that_has_work(finished_journey):
     """Catches a changed recipe that silently goes on from another one's checkpoint."""
     journey, _ = finished_journey

@@ -56,6 +56,22 @@ def test_seeds_differ_in_their_seed_alone_and_share_the_source():
         assert other.overrides == ("seed=2", *task.overrides[1:])
 
 
+def test_a_finished_task_rests_on_what_it_reads():
+    """Catches an hour of training thrown away for a setting of something else, and one kept that is out of date."""
+    from study import fingerprints
+
+    tasks = tasks_of([1])
+    before = fingerprints(tasks, [], "corpus")
+    changed = {
+        setting: {name for name, found in fingerprints(tasks, [setting], "corpus").items() if found != before[name]}
+        for setting in ("pruning.gates.learning_rate=0.5", "recovery.weight_decay=0.1", "source.train.steps=9")
+    }
+    kinds = {setting: {name.partition("/")[0] for name in names} for setting, names in changed.items()}
+    assert kinds["pruning.gates.learning_rate=0.5"] == {"prune", "train", "speed"}
+    assert kinds["recovery.weight_decay=0.1"] == {"train"}
+    assert changed["source.train.steps=9"] == set(before)
+
+
 def test_tokens_from_scratch_are_read_off_between_budgets():
     """A loss halfway between those of 2x and 4x takes 2 * sqrt(2) times the tokens, in logarithms."""
     from study_write_up import scratch_multiple

@@ -19,13 +19,21 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from study_tasks import CLAIMS, RESULT, Budget, Task, study_tasks
+from study_tasks import CLAIMS, RESULT, Budget, Kind, Task, study_tasks
 
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_loading import load_recipe
 from orchestrator.workspace import fingerprint
 
 RECIPE = Path(__file__).with_name("study.yaml")
+READ_BY_ALL = ("seed", "corpus", "source", "engine", "evaluation", "watchdog")
+READ_BY: dict[Kind, tuple[str, ...]] = {
+    "source": (),
+    "prune": ("references", "mixture", "pruning"),
+    "train": ("references", "mixture", "recovery"),
+    "speed": ("scores",),
+}
+"""Sections of the recipe: a change of another one leaves a finished task as it is."""
 
 
 def recipe_of(task: Task, overrides: list[str]) -> Recipe:
@@ -74,12 +82,13 @@ def carry_out(task: Task, overrides: list[str], corpus: str, study: Path, prints
 
 
 def fingerprints(tasks: list[Task], overrides: list[str], corpus: str) -> dict[str, str]:
-    """What each task's result rests on: its recipe, the corpus, and the tasks it starts from."""
+    """What each task's result rests on: the sections that it reads, the corpus, and the tasks it starts from."""
     prints: dict[str, str] = {}
     for task in tasks:
         before = [prints[name] for name in task.models]
-        recipe = [RECIPE.read_text(), *overrides, *task.overrides]
-        prints[task.name] = fingerprint({"recipe": recipe, "corpus": corpus, "fresh": task.fresh, "before": before})
+        read = {*READ_BY_ALL, *READ_BY[task.kind], *(["scratch"] if task.fresh else [])}
+        sections = recipe_of(task, overrides).model_dump(mode="json", include=read)
+        prints[task.name] = fingerprint({"recipe": sections, "corpus": corpus, "fresh": task.fresh, "before": before})
     return prints
 
 

@@ -30,6 +30,9 @@ class TrainedTokenizerConfig(Config):
     sample_bytes_per_domain: int = Field(1_000_000, ge=1000)
 
 
+_FOLDER_NAME = re.compile(r"\w[\w.-]*")
+
+
 class CorpusConfig(Config):
     """Raw text per domain, and how it is tokenised, packed and split."""
 
@@ -47,6 +50,16 @@ class CorpusConfig(Config):
     shard_sequences: int = Field(4096, ge=1)
     row_group_sequences: int = Field(64, ge=1)
     read_unit_bytes: int = Field(64 * 2**20, ge=2**16, description="Plain files are read in pieces of this size")
+
+    @field_validator("domains")
+    @classmethod
+    def _names_of_folders(cls, domains: dict[str, DomainConfig]) -> dict[str, DomainConfig]:
+        if wrong := [name for name in domains if not _FOLDER_NAME.fullmatch(name)]:
+            raise ValueError(
+                f"domains give their names to folders and metrics; {', '.join(map(repr, wrong))} will not do. Allowed: "
+                "letters, digits, '_', '-' and '.', with a letter, a digit or '_' first."
+            )
+        return domains
 
 
 class ReferencesConfig(Config):

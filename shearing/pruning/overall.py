@@ -138,10 +138,14 @@ class OverallSparsity:
                 continue
             count.close(name, place)
             closed.append((name, place, score))
-        for name, place, score in reversed(closed):
-            if score != -math.inf:
+        opened_again = [(name, place) for name, place, score in reversed(closed) if score != -math.inf]
+        for name, place in opened_again:
+            count.open_if_at_most(name, place, self.budget)
+        self._close_empty(gates)  # frees the biases of empty half-layers, in whose place units of others may fit
+        count = _Count(self, gates)
+        for name, place in opened_again:
+            if gates[name][place] == 0 and _inside_open_half(gates, name, place):
                 count.open_if_at_most(name, place, self.budget)
-        self._close_empty(gates)
         return {name: gate > 0 for name, gate in gates.items()}
 
     def _close_empty(self, gates: dict[str, Tensor]) -> None:
@@ -155,6 +159,13 @@ class OverallSparsity:
             for name in inside:
                 if name in gates:
                     gates[name] *= gates[half][:, None]
+
+
+def _inside_open_half(gates: Mapping[str, Tensor], name: str, place: tuple[int, ...]) -> bool:
+    """Whether a unit is a hidden dimension, or lies in a half-layer that stays; a half-layer itself does not."""
+    if name == "hidden":
+        return True
+    return any(name in inside and (half not in gates or gates[half][place[0]] > 0) for half, inside in INSIDE.items())
 
 
 def _with_content(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ BAD = [
     (["pruning.gates.groups=[head, hidden, layer]"], "lacks 'intermediate'"),
     (["pruning.warmup_steps=21"], "pruning.warmup_steps = 21 is longer than the phase (pruning.steps = 20)"),
     (["recovery.warmup_steps=21"], "recovery.warmup_steps = 21 is longer"),
+    (["scratch={warmup_steps: 21}"], "scratch.warmup_steps = 21 is longer than the phase (recovery.steps = 20)"),
     (["pruning.gates.sparsity_warmup_steps=21"], "pruning.gates.sparsity_warmup_steps = 21 is longer"),
     (["recovery.global_batch_tokens=500"], "Set recovery.global_batch_tokens=512."),
     (["engine.workers=3"], "8 sequences, which 3 workers x 2 sequences"),

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,33 @@ def test_a_misspelt_rule_names_the_nearest(recipe_file):
     (problem,) = problems_of(recipe_file, ["mixture.rule=shered"])
     assert problem.startswith("mixture.rule = 'shered': no rule of that name; allowed: static, uniform")
     assert problem.endswith("Did you mean sheared?")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/etc", "", ".hidden", "a b"])
+def test_a_domain_names_a_folder_and_nothing_else(recipe_file, name):
+    """Catches text of one domain written over what lies elsewhere."""
+    text = Path(recipe_file).read_text().replace("wiki: {", f"{json.dumps(name)}: {{")
+    Path(recipe_file).write_text(text)
+    (problem,) = problems_of(recipe_file, [])
+    assert f"{name!r} will not do. Allowed: letters" in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("workspace=s3://AKIA:hidden@bucket/x", "a user name with a password"),
+        ("corpus.path=s3://bucket/x?region=eu&X-Amz-Signature=hidden", "a parameter 'X-Amz-Signature'"),
+        ("corpus.domains.wiki.text=[wiki, 'https://host/w?sig=hidden']", "a parameter 'sig'"),
+        ("source.model=https://host/m?access_token=hidden", "a parameter 'access_token'"),
+    ],
+)
+def test_secrets_in_a_recipe_are_refused_untold(recipe_file, override, what):
+    """Catches a key that ends in a workspace, a report or a log, where everybody on the cluster reads it."""
+    (problem,) = problems_of(recipe_file, [override])
+    assert problem.startswith(f"{override.partition('=')[0]} holds {what} in its URI")
+    assert "hidden" not in problem
+
+
+def test_places_without_secrets_are_not_refused(recipe_file):
+    for uri in ("s3://bucket/x?region=eu&endpoint_override=host:9000", "gs://anonymous@bucket/x", "/data/token=1/sig"):
+        assert load_recipe(recipe_file, [f"workspace={uri}"]).workspace == uri

@@ -27,6 +27,7 @@ CASES = [
     ("phi3", GROUPED),
     ("gemma2", GROUPED),
     ("olmo2", MULTI_HEAD),
+    ("phi", GROUPED),
 ]
 RANDOM = torch.Generator().manual_seed(4)
 
