@@ -17,7 +17,13 @@ class GatesConfig(Config):
     """Hard-concrete gates and their Lagrangian constraint (arXiv 2310.06694, section 2.1)."""
 
     groups: list[GateGroup] | None = Field(None, description="Default: every group whose dimension the target changes")
-    learning_rate: float = Field(1.0, gt=0, description="Of gates and multipliers; its schedule is constant")
+    learning_rate: float = Field(1.0, gt=0, description="Of gates; its schedule is constant")
+    multiplier_learning_rate: float | None = Field(None, gt=0, description="Of the multipliers; default that of gates")
+    initial_quadratic: float = Field(
+        0.0,
+        ge=0,
+        description="Quadratic multipliers at the begin (linear ones: 0); more than 0 keeps from overshooting",
+    )
     sparsity_warmup_steps: int = Field(640, ge=0)
     start_sparsity: float = Field(0.0, ge=0, lt=1)
     initial_log_alpha: float = Field(3.0, description="Below the clamp at log 100, so that gates start distinct")

@@ -64,13 +64,16 @@ class ExtraSteps:
 
 
 class Lagrangian(nn.Module):
-    """Two float32 multipliers a group, from zero; they ascend while gates and weights descend.
+    """Two float32 multipliers a group, from zero unless said; they ascend while gates and weights descend.
 
     Args:
         groups: What has a target sparsity, by name: gate groups, or the overall sparsity.
         sparsity_warmup_steps: Steps over which every target sparsity ramps to its end.
         start_sparsity: Target sparsity of every group at step 0.
         extra: The steps after the regular ones, where there are any: their penalty rises.
+        initial_quadratic: The quadratic multipliers at the begin. From zero both ascend by Adam's steps of one size
+            while gates have not moved yet, and press until sparsity is up to |linear| / (2 quadratic) = 0.5 above its
+            target; a penalty that is there from the start (augmented Lagrangian) stops where the target is.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Lagrangian(nn.Module):
         sparsity_warmup_steps: int = 0,
         start_sparsity: float = 0.0,
         extra: ExtraSteps | None = None,
+        initial_quadratic: float = 0.0,
     ) -> None:
         super().__init__()
         self.groups = dict(groups)
@@ -86,7 +90,9 @@ class Lagrangian(nn.Module):
         self.start_sparsity = start_sparsity
         self.extra = extra
         self.linear = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in self.groups})
-        self.quadratic = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in self.groups})
+        self.quadratic = nn.ParameterDict(
+            {name: nn.Parameter(torch.tensor(float(initial_quadratic))) for name in self.groups}
+        )
 
     def target_sparsity(self, step: int) -> dict[str, float]:
         """Target sparsity of each group at a step."""
@@ -181,9 +187,10 @@ def build_gate_optimizer(
 
     The learning rate is constant; clipping is left to the caller. Source: arXiv 2310.06694, table 7.
     """
+    multiplier_rate = config.multiplier_learning_rate or config.learning_rate
     groups: list[dict[str, Any]] = [
         {"params": list(gates.named_parameters())},
-        {"params": list(lagrangian.named_parameters()), "maximize": True},
+        {"params": list(lagrangian.named_parameters()), "lr": multiplier_rate, "maximize": True},
     ]
     optimizer = torch.optim.Adam(groups, lr=config.learning_rate, betas=betas)
     optimizer.register_step_post_hook(lambda *_: gates.clamp_())

@@ -183,7 +183,9 @@ def _mask_learner(phase: PhaseConfig, model: torch.nn.Module, place: Place) -> M
     gates, options = gates_for(model_config, config, phase.seed), config.gates
     gates.to(place.device)
     extra = ExtraSteps(config.steps, options.extra_penalty_growth)
-    lagrangian = Lagrangian(gates.goals, options.sparsity_warmup_steps, options.start_sparsity, extra)
+    lagrangian = Lagrangian(
+        gates.goals, options.sparsity_warmup_steps, options.start_sparsity, extra, options.initial_quadratic
+    )
     lagrangian.to(place.device)
     return MaskLearner(
         gates, lagrangian, attach_gates(model, family_of(model_config)), config, seed=phase.seed, rank=place.rank

@@ -353,6 +353,38 @@ class TestConstraint:
         assert float(lagrangian.linear["hidden"]) == pytest.approx(-0.5, rel=1e-4)
         assert float(lagrangian.quadratic["hidden"]) == pytest.approx(0.5, rel=1e-4)
 
+    def test_multipliers_have_a_rate_of_their_own(self):
+        gates, lagrangian = Gates(small_groups()), Lagrangian(small_groups(), initial_quadratic=50)
+        optimizer = build_gate_optimizer(gates, lagrangian, GatesConfig(multiplier_learning_rate=0.1))
+        lagrangian.loss(gates.expected_sparsity(), 0).sum().backward()
+        optimizer.step()
+        assert lagrangian.linear["hidden"].item() == pytest.approx(-0.1, rel=1e-4)
+        assert lagrangian.quadratic["hidden"].item() == pytest.approx(50.1, rel=1e-4)
+
+    def test_a_penalty_from_the_start_keeps_from_overshooting(self):
+        """Catches multipliers that wind up while gates have not moved yet, and close twice what was asked for."""
+
+        def highest_sparsity(initial_quadratic, **rates):
+            groups = {"hidden": GroupSpec(64, 48)}
+            gates, lagrangian = Gates(groups, seed=1), Lagrangian(groups, 20, initial_quadratic=initial_quadratic)
+            optimizer = build_gate_optimizer(gates, lagrangian, GatesConfig(**rates))
+            highest = 0.0
+            for step in range(120):
+                optimizer.zero_grad()
+                z = gates.sample(gates.noise(0, step))
+                closed = 1 - z["hidden"].mean()
+                damage = 0.5 * (1 - torch.exp(-closed / 0.2))  # the first that close cost most, as in a model
+                (damage + lagrangian.loss(gates.expected_sparsity(), step)).backward()
+                optimizer.step()
+                highest = max(highest, float(gates.expected_sparsity()["hidden"]))
+            return highest, float(gates.expected_sparsity()["hidden"])
+
+        wound_up, _ = highest_sparsity(0.0, learning_rate=0.25)
+        held, at_the_end = highest_sparsity(50.0, learning_rate=1.0, multiplier_learning_rate=0.1)
+        assert wound_up > 0.4
+        assert held < 0.3
+        assert at_the_end == pytest.approx(0.25, abs=0.03)
+
     def test_unconverged_names_the_layers(self):
         groups = {"head": GroupSpec(4, 2, 2)}
         gates = Gates(groups)
