@@ -7,9 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import ray
-import ray.train
-
 from shearing.training.config import EngineConfig
 from shearing.training.loop import Wish
 from shearing.training.phase import Place
@@ -40,8 +37,7 @@ class Wishes:
 
     def _node_goes(self) -> bool:
         """Whether a node was told, since the last step, that it will be taken away."""
-        notice = ray.train.get_preemption_info()
-        fresh = set(notice.preempted_node_ids) - self.told if notice is not None else set()
+        fresh = preempted_nodes() - self.told
         self.told |= fresh
         return bool(fresh)
 
@@ -52,6 +48,18 @@ class Wishes:
             return False
         self.looked_s = now_s
         return room_for(resources_per_worker(engine), free_resources()) > 0
+
+
+def preempted_nodes() -> set[str]:
+    """Nodes of which this rank was told that they will be taken away.
+
+    Ray's public `get_preemption_info` says the same behind a barrier of all ranks in an actor: a wait at every step,
+    and for ever where one rank has no need to ask.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    notice = get_train_context().preemption_context.preemption_info
+    return set(notice.preempted_node_ids) if notice is not None else set()
 
 
 def resources_per_worker(engine: EngineConfig) -> dict[str, float]:

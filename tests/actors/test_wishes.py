@@ -13,8 +13,8 @@ from shearing.training.phase import Place
 @pytest.fixture
 def cluster(monkeypatch):
     """What Ray would say of the cluster; a test changes it."""
-    state = SimpleNamespace(notice=None, free=[])
-    monkeypatch.setattr(wishes.ray.train, "get_preemption_info", lambda: state.notice)
+    state = SimpleNamespace(going=set(), free=[])
+    monkeypatch.setattr(wishes, "preempted_nodes", lambda: state.going)
     monkeypatch.setattr(wishes, "free_resources", lambda: state.free)
     return state
 
@@ -35,9 +35,9 @@ def test_a_node_that_goes_is_told_once(cluster):
     """Catches a checkpoint at every step from the notice to the node's end."""
     asking = some_wishes()
     assert asking.now() == Wish()
-    cluster.notice = SimpleNamespace(preempted_node_ids=["a"])
+    cluster.going = {"a"}
     assert [asking.now() for _ in range(3)] == [Wish(save=True), Wish(), Wish()]
-    cluster.notice = SimpleNamespace(preempted_node_ids=["a", "b"])
+    cluster.going = {"a", "b"}
     assert asking.now() == Wish(save=True)
 
 
