@@ -6,7 +6,7 @@ from typing import Literal
 
 from orchestrator.recipe import Recipe
 from shearing.models.family import llama_config
-from shearing.models.parameters import prunable_parameters
+from shearing.models.parameters import count_parameters
 from shearing.pruning.target import target_shape
 
 Kind = Literal["source", "prune", "train", "speed"]
@@ -52,16 +52,16 @@ class Budget:
 
     pruning_steps: int
     recovery_steps: int
-    cofi_sparsity: float
+    parameters: int
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Budget":
-        """What a recipe says; CoFi is asked for the share of prunable parameters that the target shape leaves out."""
+        """What a recipe says; `parameters` are the target shape's, all counted, which CoFi is asked for."""
         assert recipe.source.train is not None
         source = recipe.source.train.shape
         config = llama_config(source, recipe.source.train.tokenizer.vocab_size, 2 * recipe.corpus.sequence_tokens)
-        kept = prunable_parameters(config, target_shape(source, recipe.pruning.target)) / prunable_parameters(config)
-        return cls(recipe.pruning.steps, recipe.recovery.steps, 1 - kept)
+        parameters = count_parameters(config, target_shape(source, recipe.pruning.target))
+        return cls(recipe.pruning.steps, recipe.recovery.steps, parameters)
 
 
 SOURCE = Task("source", "source")
@@ -148,7 +148,7 @@ def _shared_budget(seed: int, budget: Budget) -> list[Task]:
 
 
 def _cofi(seed: int, budget: Budget) -> list[Task]:
-    target = f"pruning.target={{sparsity: {budget.cofi_sparsity:.6f}}}"
+    target = f"pruning.target={{parameters: {budget.parameters}}}"
     pruned = Task(f"prune/cofi-{seed}", "prune", (SOURCE.name,), _seeded(seed, target))
     speed = Task(f"speed/cofi-{seed}", "speed", (SOURCE.name, _learned(seed).name, pruned.name), _seeded(seed))
     return [*_base(seed), pruned, _recovered(pruned, "cofi", seed, target), speed]
