@@ -18,8 +18,8 @@ from pathlib import Path
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
 import psutil
-from faults import evaluating, incomplete, is_titled, newest_step
-from journeys import ROOT, Journey, end_with_children
+from faults import evaluating, incomplete, is_titled
+from journeys import ROOT, Journey, end_with_children, newest_step
 from ray.cluster_utils import Cluster
 
 CPUS_OF_A_NODE = 1

@@ -177,6 +177,11 @@ def last_rows(rows: list[dict[str, Any]], kind: str) -> dict[int, dict[str, Any]
     return {row["step"]: row for row in rows if row["kind"] == kind}
 
 
+def newest_step(journey: Journey, phase: str, after_row: int = 0) -> int:
+    """The newest step in a phase's metrics, or in those from a row on; 0 where there is none."""
+    return max(last_rows(journey.rows(phase)[after_row:], "step"), default=0)
+
+
 def consumed(checkpoint: Path) -> dict[str, int]:
     """domain -> bits that are set in its bitmaps, all epochs together."""
     counts: dict[str, int] = {}

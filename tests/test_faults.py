@@ -19,7 +19,7 @@ from journeys import (
     check_data_account,
     end_with_children,
     largest_loss_difference,
-    last_rows,
+    newest_step,
     ray_processes,
     small_journey,
     wait_until,
@@ -68,10 +68,6 @@ class Killer:
             if found:
                 found[-1].send_signal(signal.SIGKILL)
                 self.killed.append(title)
-
-
-def newest_step(journey: Journey, phase: str, after_row: int = 0) -> int:
-    return max(last_rows(journey.rows(phase)[after_row:], "step"), default=0)
 
 
 def saved_step(journey: Journey, phase: str) -> int:

@@ -2,8 +2,8 @@
 
 import pytest
 from clusters import started_head
-from journeys import end_with_children, wait_until
-from test_faults import check_resumed, check_whole, newest_step, ready_journey
+from journeys import end_with_children, newest_step, wait_until
+from test_faults import check_resumed, check_whole, ready_journey
 
 SAYS_SO_WITHIN_S = 240  # after 30 s by its own clock; Ray's own end comes after 60
 

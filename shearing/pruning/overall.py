@@ -141,11 +141,13 @@ class OverallSparsity:
         opened_again = [(name, place) for name, place, score in reversed(closed) if score != -math.inf]
         for name, place in opened_again:
             count.open_if_at_most(name, place, self.budget)
-        self._close_empty(gates)  # frees the biases of empty half-layers, in whose place units of others may fit
+        before = count.left
+        self._close_empty(gates)
         count = _Count(self, gates)
-        for name, place in opened_again:
-            if gates[name][place] == 0 and _inside_open_half(gates, name, place):
-                count.open_if_at_most(name, place, self.budget)
+        if count.left < before:  # biases of empty half-layers are freed, in whose place units of others may fit
+            for name, place in opened_again:
+                if gates[name][place] == 0 and _inside_open_half(gates, name, place):
+                    count.open_if_at_most(name, place, self.budget)
         return {name: gate > 0 for name, gate in gates.items()}
 
     def _close_empty(self, gates: dict[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from journeys import Journey, last_rows
+from journeys import Journey
 
 from shearing.storage import open_store
 from shearing.training.checkpoint import CheckpointReader, IncompleteCheckpointError
@@ -77,10 +77,6 @@ def is_titled(process: psutil.Process, title: str) -> bool:
             process.name() == title or " ".join(process.cmdline()).startswith(f"ray::{title}")
         )
     return False
-
-
-def newest_step(journey: Journey, phase: str, after_row: int = 0) -> int:
-    return max(last_rows(journey.rows(phase)[after_row:], "step"), default=0)
 
 
 def incomplete(folder: Path) -> bool:

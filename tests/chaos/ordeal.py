@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "chaos")]  # also where this is run as a script
 
 import psutil  # noqa: E402
-from faults import ASIDE, KINDS, Fault, Scene, Schedule, newest_step, small_disk  # noqa: E402
+from faults import ASIDE, KINDS, Fault, Scene, Schedule, small_disk  # noqa: E402
 from journeys import (  # noqa: E402
     SCRIPT,
     Journey,
@@ -29,6 +29,7 @@ from journeys import (  # noqa: E402
     end_with_children,
     environment,
     largest_loss_difference,
+    newest_step,
     small_journey,
 )
 

@@ -12,13 +12,12 @@ import psutil
 import pytest
 import ray
 from clusters import Head, started_head
-from journeys import ROOT, Journey, check_data_account, end_with_children, free_ports, wait_until
+from journeys import ROOT, Journey, check_data_account, end_with_children, free_ports, newest_step, wait_until
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
     FAKE_HEAD_NODE_TYPE,
     FakeMultiNodeProvider,
 )
-from test_faults import newest_step
 
 COMMANDS = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
             "head_start_ray_commands", "worker_start_ray_commands")  # fmt: skip
