@@ -5,6 +5,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+from docker_hosts import docker_run
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -39,6 +41,18 @@ def test_runs_as_nobody_special_with_bytecode_and_token(name):
     assert any("compileall" in rest for word, rest in steps)
     assert any("RAY_AUTH_MODE=token" in rest for word, rest in steps if word == "ENV")
     assert not [rest for word, rest in steps if word == "ADD" or "curl" in rest]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_launcher_puts_the_token_where_the_user_looks(name):
+    """A token mounted in /root for a process of another home: Ray's launcher asks the image's variables, not its users."""
+    steps = instructions(name)
+    set_here = [pair for word, rest in steps if word == "ENV" for pair in rest.split()]
+    (made,) = (re.search(r"useradd --create-home --uid 1000 (\w+)", rest)[1] for _, rest in steps if "useradd" in rest)
+    assert f"HOME=/home/{made}" in set_here
+    config = yaml.safe_load((ROOT / "cluster" / "launcher" / "local.yaml").read_text())
+    start = docker_run(config, set_here, as_head=True)
+    assert f":/home/{made}/.ray/auth_token " in start
 
 
 @pytest.mark.parametrize("name", NAMES)
