@@ -1,9 +1,12 @@
 """The launcher's files by Ray's own schema, offline; and what they promise about tokens, storage and prices."""
 
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from orchestrator.ray_session import ADDRESS_VARIABLE
@@ -39,6 +42,21 @@ def test_a_misspelt_key_is_refused(config):
     """Keeps the test above from passing on anything."""
     with pytest.raises(Exception, match="idle_timeout_minuts"):
         validate_config(prepare_config(config | {"idle_timeout_minuts": 5}))
+
+
+COMMANDS = ("initialization_commands", "setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+
+
+def test_every_command_is_shell_as_ray_wraps_it(config):
+    """A comment of YAML's that lies within a block: it is the command's then, and swallows Ray's closing bracket."""
+    commands = [command for key in COMMANDS for command in prepare_config(config)[key]]
+    assert len(commands) >= 4
+    for command in commands:
+        assert " # " not in command
+        wrapped = " ".join(_with_interactive(command))
+        for text in (f"true && ({command})", shlex.split(wrapped)[-1]):
+            done = subprocess.run(["bash", "-n", "-c", text], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
 
 
 def test_every_ray_starts_with_the_token_and_no_open_dashboard(config):
