@@ -41,6 +41,7 @@ def test_runs_as_nobody_special_with_bytecode_and_token(name):
     assert any("compileall" in rest for word, rest in steps)
     assert any("RAY_AUTH_MODE=token" in rest for word, rest in steps if word == "ENV")
     assert not [rest for word, rest in steps if word == "ADD" or "curl" in rest]
+    assert not [rest for _, rest in steps if "NVIDIA_VISIBLE_DEVICES" in rest], "a pod would see GPUs it did not ask for"
 
 
 @pytest.mark.parametrize("name", NAMES)

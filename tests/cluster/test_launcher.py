@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from docker_hosts import docker_run
 from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -70,6 +71,13 @@ def test_every_ray_starts_with_the_token_and_no_open_dashboard(config):
     text = str(config)
     assert "0.0.0.0" not in text
     assert "--volume /shared:/shared" in text
+
+
+def test_containers_of_gpu_nodes_see_the_gpus(config):
+    """Eight GPUs that Ray counts and torch does not find: `--runtime=nvidia` shows none to an image that asks for none."""
+    start = docker_run(config, ["PATH=/usr/bin"], as_head=False)
+    assert "--runtime=nvidia" in start
+    assert "--env NVIDIA_VISIBLE_DEVICES=all --env NVIDIA_DRIVER_CAPABILITIES=compute,utility" in start
 
 
 def test_spot_and_on_demand_are_the_same_machine():
