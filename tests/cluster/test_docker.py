@@ -41,12 +41,12 @@ def test_runs_as_nobody_special_with_bytecode_and_token(name):
     assert any("compileall" in rest for word, rest in steps)
     assert any("RAY_AUTH_MODE=token" in rest for word, rest in steps if word == "ENV")
     assert not [rest for word, rest in steps if word == "ADD" or "curl" in rest]
-    assert not [rest for _, rest in steps if "NVIDIA_VISIBLE_DEVICES" in rest], "a pod would see GPUs it did not ask for"
+    assert not [rest for _, rest in steps if "NVIDIA_VISIBLE_DEVICES" in rest], "a pod would see all GPUs"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_launcher_puts_the_token_where_the_user_looks(name):
-    """A token mounted in /root for a process of another home: Ray's launcher asks the image's variables, not its users."""
+    """A token mounted in /root for a process of another home: the launcher asks the image's variables, not its users."""
     steps = instructions(name)
     set_here = [pair for word, rest in steps if word == "ENV" for pair in rest.split()]
     (made,) = (re.search(r"useradd --create-home --uid 1000 (\w+)", rest)[1] for _, rest in steps if "useradd" in rest)

@@ -1,5 +1,6 @@
 """The launcher's files by Ray's own schema, offline; and what they promise about tokens, storage and prices."""
 
+import copy
 import shlex
 import subprocess
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from docker_hosts import docker_run
+from ray.autoscaler._private.aws import config as aws
 from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -73,8 +75,46 @@ def test_every_ray_starts_with_the_token_and_no_open_dashboard(config):
     assert "--volume /shared:/shared" in text
 
 
+def test_who_may_reach_aws_nodes_is_the_users_own_group():
+    """Ssh open to the internet: Ray lets it into each group that it makes. With none to make it asks AWS nothing."""
+    config = yaml.safe_load(FILES[0].read_text())
+    assert aws._configure_security_group(copy.deepcopy(config)) == config
+    assert "security_group" not in config["provider"], "it would be read as a limit, which it is not"
+    rules = aws._create_default_inbound_rules(["sg-1"], [{"IpRanges": [{"CidrIp": "203.0.113.0/24"}]}])
+    assert "0.0.0.0/0" in str(rules), "Ray has mended it: the file may go back to a group of Ray's"
+
+
+def test_workers_hold_less_than_the_head_and_may_pull_the_image():
+    """A worker whose program may start machines at your cost; one that the registry turns away."""
+    aws_kinds, gcp_kinds = (yaml.safe_load(path.read_text())["available_node_types"] for path in FILES[:2])
+    profile = {name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in aws_kinds.items()}
+    assert profile["gpu_spot"] == profile["gpu_on_demand"] != profile["head"]
+    assert all(gcp_kinds[name]["node_config"]["serviceAccounts"] for name in ("gpu_spot", "gpu_on_demand"))
+    for path in FILES[:2]:
+        config = yaml.safe_load(path.read_text())
+        registry = config["docker"]["image"].split("/")[0]
+        assert [command for command in config["initialization_commands"] if "docker" in command and registry in command]
+
+
+def test_the_user_may_write_where_runs_go(config, tmp_path):
+    """A new file system, which is root's: the run is refused after minutes of starting machines."""
+    commands = config["initialization_commands"]
+    (check,) = (command for command in commands if "id -u" in command)
+    (made,) = (command for command in commands if command.endswith("/shared/runs /shared/corpora"))
+    assert made.startswith(("sudo install -d -o 1000 -g 1000 ", "mkdir -p "))
+    assert commands.index(check) == 0
+    mounts = [command for command in commands if "mountpoint" in command]
+    assert all(commands.index(mount) < commands.index(made) for mount in mounts)
+    (tmp_path / "id").write_text("#!/bin/sh\necho ${UID_SAID}\n")
+    (tmp_path / "id").chmod(0o755)
+    for uid, status in (("1000", 0), ("1001", 1)):
+        path = {"PATH": f"{tmp_path}:/usr/bin:/bin", "UID_SAID": uid}
+        done = subprocess.run(["bash", "-c", f"true && ({check})"], env=path, capture_output=True, check=False)
+        assert done.returncode == status
+
+
 def test_containers_of_gpu_nodes_see_the_gpus(config):
-    """Eight GPUs that Ray counts and torch does not find: `--runtime=nvidia` shows none to an image that asks for none."""
+    """GPUs that Ray counts and torch does not find: `--runtime=nvidia` shows none to an image that asks for none."""
     start = docker_run(config, ["PATH=/usr/bin"], as_head=False)
     assert "--runtime=nvidia" in start
     assert "--env NVIDIA_VISIBLE_DEVICES=all --env NVIDIA_DRIVER_CAPABILITIES=compute,utility" in start
