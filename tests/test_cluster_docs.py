@@ -44,6 +44,26 @@ def test_rays_commands_exist(words):
             assert option in done.stdout, option
 
 
+def test_what_clouds_are_told_is_what_the_files_say():
+    """A group, a profile or an account that is made under one name and asked for under another."""
+    launcher = ROOT / "cluster" / "launcher"
+    kinds = yaml.safe_load((launcher / "aws.yaml").read_text())["available_node_types"].values()
+    for node in (kind["node_config"] for kind in kinds):
+        assert f"`{node['IamInstanceProfile']['Name']}`" in TEXT
+        (group,) = node["SecurityGroupIds"]
+        assert f"--group-id {group} --protocol tcp --port 22 --cidr " in TEXT
+        assert f"--group-id {group} --protocol all --source-group {group}" in TEXT
+    google = yaml.safe_load((launcher / "gcp.yaml").read_text())
+    project = google["provider"]["project_id"]
+    head = f"ray-autoscaler-sa-v1@{project}.iam.gserviceaccount.com"  # as Ray calls it
+    accounts = {account["email"] for kind in google["available_node_types"].values()
+                for account in kind["node_config"].get("serviceAccounts", [])}  # fmt: skip
+    for account in accounts | {head}:
+        assert f"service-accounts create {account.split('@')[0]} --project {project}" in TEXT
+        assert f"{project} --role roles/artifactregistry.reader --member serviceAccount:{account}" in TEXT
+    assert "pip install '.[launcher]'" in TEXT
+
+
 def test_kubernetes_names_are_the_files():
     """A port-forward to a service that has another name; logs of a job that is not there."""
     documents = {name: list(yaml.safe_load_all((ROOT / "cluster" / "kuberay" / name).read_text()))[-1]

@@ -1,11 +1,15 @@
 """The launcher's files by Ray's own schema, offline; and what they promise about tokens, storage and prices."""
 
+import ast
 import copy
 import shlex
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from docker_hosts import docker_run
 from ray.autoscaler._private.aws import config as aws
@@ -39,6 +43,22 @@ def test_rays_own_schema(config):
         assert (2, 2) in bounds.values()
     else:
         assert bounds == {"head": (0, 0), "gpu_on_demand": (1, 4), "gpu_spot": (0, 4)}
+
+
+def test_the_clouds_libraries_come_along():
+    """A head that cannot start a worker, as nothing in its image speaks to the cloud: Ray does not bring it."""
+    pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["launcher"]
+    brings = {"boto3": {"boto3", "botocore"}, "google-auth-httplib2": {"google_auth_httplib2"}}
+    brings |= {"google-api-python-client": {"googleapiclient", "google", "httplib2"}}
+    assert {pin.split("==")[0] for pin in pins} == set(brings)
+    imported = set()
+    for cloud in ("aws", "gcp"):
+        for path in (Path(ray.__file__).parent / "autoscaler" / "_private" / cloud).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                imported |= {name.name for name in node.names} if isinstance(node, ast.Import) else set()
+                imported |= {str(node.module)} if isinstance(node, ast.ImportFrom) else set()
+    foreign = {name.split(".")[0] for name in imported} - sys.stdlib_module_names - {"ray", "packaging"}
+    assert foreign == set.union(*brings.values())
 
 
 def test_a_misspelt_key_is_refused(config):
@@ -76,7 +96,7 @@ def test_every_ray_starts_with_the_token_and_no_open_dashboard(config):
 
 
 def test_who_may_reach_aws_nodes_is_the_users_own_group():
-    """Ssh open to the internet: Ray lets it into each group that it makes. With none to make it asks AWS nothing."""
+    """Ssh open to the internet: Ray lets it into each group that it makes. With none to make it asks nobody."""
     config = yaml.safe_load(FILES[0].read_text())
     assert aws._configure_security_group(copy.deepcopy(config)) == config
     assert "security_group" not in config["provider"], "it would be read as a limit, which it is not"
