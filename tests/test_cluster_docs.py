@@ -44,6 +44,14 @@ def test_rays_commands_exist(words):
             assert option in done.stdout, option
 
 
+def test_the_batch_scripts_variables_are_told_of():
+    """A variable that only a reader of the script finds."""
+    script = (ROOT / "cluster" / "slurm" / "shear.sbatch").read_text()
+    names = set(re.findall(r"\bSHEAR_[A-Z]+", script))
+    assert names == {"SHEAR_VENV", "SHEAR_INTERFACE"}
+    assert all(f"`{name}`" in TEXT for name in names)
+
+
 def test_what_clouds_are_told_is_what_the_files_say():
     """A group, a profile or an account that is made under one name and asked for under another."""
     launcher = ROOT / "cluster" / "launcher"
@@ -70,5 +78,12 @@ def test_kubernetes_names_are_the_files():
                  for name in ("raycluster.yaml", "rayjob.yaml")}  # fmt: skip
     names = {name: document["metadata"]["name"] for name, document in documents.items()}
     assert f"service/{names['raycluster.yaml']}-head-svc" in TEXT
-    assert f"job/{names['rayjob.yaml']}" in TEXT
+    job = f"job/{names['rayjob.yaml']}"
+    steps = [
+        "kubectl apply --namespace shear -f cluster/kuberay/rayjob.yaml",
+        "--for=create",
+        f"{job}\n    kubectl logs",
+    ]
+    places = [TEXT.index(step) for step in [*steps, f"--pod-running-timeout=10m {job}"]]
+    assert places == sorted(places), "the job is not there when the file is applied"
     assert f"edit raycluster {names['raycluster.yaml']}`" in TEXT
