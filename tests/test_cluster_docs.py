@@ -31,7 +31,9 @@ def test_every_folder_is_told_of():
     assert there == set(re.findall(r"^    (\w+)/ ", TEXT, flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("words", ["up", "down", "dashboard", "job submit", "job stop", "job status", "get-auth-token"])
+@pytest.mark.parametrize(
+    "words", ["up", "down", "dashboard", "job submit", "job stop", "job status", "get-auth-token", "drain-node"]
+)
 def test_rays_commands_exist(words):
     """A command of another release of Ray, or an option that it does not take."""
     assert f"ray {words}" in TEXT

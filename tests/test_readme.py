@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import get_args
 import pytest
 import yaml
 
+from orchestrator.command import DONE, FAILED, TO_MEND
+from orchestrator.methods import comparison_uri
 from orchestrator.recipe import COMPARED_METHODS
 from orchestrator.recipe_loading import load_recipe
 from orchestrator.run import STAGES
@@ -34,6 +37,8 @@ HERE = "tests/test_readme.py"
 COVERED = {
     "make quickstart": f"{HERE}::test_a_fresh_clone_reaches_its_report",
     "make test": ".ci/run",  # this very gate
+    "make slow-tests": f"{HERE}::test_the_environment_and_the_slow_tests_are_the_makefiles",
+    "source .venv/bin/activate": f"{HERE}::test_a_fresh_clone_reaches_its_report",
     "python pipelines/shear.py pipelines/recipes/quickstart.yaml --plan": f"{HERE}::test_plan",
     "python pipelines/shear.py": f"{HERE}::test_a_fresh_clone_reaches_its_report",
     "python pipelines/shear.py pipelines/recipes/redpajama-sample.yaml "
@@ -116,6 +121,24 @@ def test_every_command_is_covered():
     assert '"submit"' in (ROOT / "tests" / "test_journey.py").read_text()
 
 
+def test_the_environment_and_the_slow_tests_are_the_makefiles():
+    """An environment that lies elsewhere, and tests that `make test` leaves out and nobody hears of."""
+    assert documented("source ") == "source .venv/bin/activate"
+    assert re.search(r"^VENV \?= \.venv$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    done = subprocess.run(
+        ["make", "--dry-run", "slow-tests"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\S+/pytest -m slow$", done.stdout, re.MULTILINE)
+
+
+def test_exit_statuses_are_the_commands():
+    """A status that a script waits for in vain."""
+    (sentence,) = re.findall(r"^Exit status: ((?:.+\n)+)", README, flags=re.MULTILINE)
+    stopped = {128 + signal.SIGINT, 128 + signal.SIGTERM}
+    assert {int(number) for number in re.findall(r"\b\d+\b", sentence)} == {DONE, FAILED, TO_MEND} | stopped
+
+
 def test_plan(tmp_path):
     done = run(documented("python pipelines/shear.py pipelines/recipes/quickstart.yaml"), tmp_path)
     assert done.returncode == 0, done.stderr
@@ -132,6 +155,10 @@ def test_comparison_is_planned(tmp_path):
     some = run(documented(f"{start} --methods") + " --plan", tmp_path)
     assert some.returncode == 0, some.stderr
     assert re.findall(r"^  (\w+) .*to run$", some.stdout, re.MULTILINE) == ["learned", "slicegpt", "scratch"]
+    recipe = load_recipe(str(ROOT / "pipelines" / "recipes" / "comparison-quickstart.yaml"), [])
+    assert f"The page `{comparison_uri(recipe)}/comparison/index.html`" in README
+    unnamed = comparison_uri(recipe.model_copy(update={"workspace": None, "name": "<name>"}))
+    assert f"`{unnamed}/comparison/index.html`" in README
     assert not (tmp_path / "runs").exists(), "--plan starts nothing"
 
 
@@ -257,6 +284,11 @@ def test_a_fresh_clone_reaches_its_report(tmp_path):
         ["make", "quickstart"], cwd=clone, env=outside, capture_output=True, text=True, timeout=720, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    activated = f"{documented('source ')} && python -c 'import sys, shearing; print(sys.prefix)'"
+    python = subprocess.run(
+        ["bash", "-c", activated], cwd=clone, env=outside, capture_output=True, text=True, check=True
+    )
+    assert python.stdout.strip() == str(clone / ".venv")
     folder = clone / "runs" / "quickstart"
     assert f"report  {folder}/report/index.html" in done.stdout
     for name in tree_of("runs/<name>/"):
@@ -323,6 +355,11 @@ def test_the_table_names_what_the_code_has():
     """A family or a rule that is announced and missing, or there and unknown."""
     families = re.sub(r"\([^)]*\)", "", table_row("Families").split(".  ")[0].split(". An unknown")[0])
     assert {name.strip() for name in families.split(",")} == set(FAMILIES)
+    (even,) = re.findall(r"uneven layers \(CoFi\) are not\s+for (.+?), whose head size", README)
+    kinds_of_head = {name: family.head_size_from_hidden for name, family in FAMILIES.items()}
+    words = {"always": "{}", "long_rope": "long-rope {}"}
+    tied = {words[kind].format(name) for name, kind in kinds_of_head.items() if kind is not None}
+    assert set(re.split(", | and ", even)) == tied
     assert set(re.findall(r"`(\w+)`", table_row("Mixture rules"))) == set(RULE_WORDS) == set(RULES)
     kinds = get_args(ReferencesConfig.model_fields["kind"].annotation)
     assert set(re.findall(r"`(\w+)`", table_row("References"))) == set(kinds)
