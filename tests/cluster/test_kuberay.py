@@ -91,7 +91,7 @@ def test_secure_as_they_say(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_pod_that_ends_leaves_time_for_a_checkpoint(name):
-    """A variable that Ray knows no more, so that a large checkpoint gets Ray's own 30 s; a kill before it is through."""
+    """A variable that Ray knows no more, so that a large checkpoint gets Ray's own 30 s; a kill before its end."""
     for group in cluster_of(name)["workerGroupSpecs"]:
         pod = group["template"]["spec"]
         (given_s,) = (float(each["value"]) for each in pod["containers"][0]["env"] if each["name"] == DRAIN)
