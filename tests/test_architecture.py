@@ -21,7 +21,7 @@ LIGHT = (
     "orchestrator/teacher_model.py", "orchestrator/settings_in_words.py", "orchestrator/sliced_model.py",
     "shearing/pruning/slicing/config.py", "shearing/pruning/slicing/plan.py",
     "orchestrator/console.py", "orchestrator/workspace.py", "orchestrator/source_model.py",
-    "shearing/config.py", "shearing/errors.py", "shearing/storage.py", "shearing/models/shape.py",
+    "orchestrator/named_files.py", "shearing/config.py", "shearing/errors.py", "shearing/storage.py", "shearing/models/shape.py",
     "shearing/models/families.py", "shearing/models/family.py", "shearing/models/parameters.py",
     "shearing/pruning/target.py", "shearing/data/manifest.py", "shearing/data/mixture.py",
     "shearing/data/mixture_rules.py", "shearing/data/rule_by_path.py", "shearing/data/config.py",

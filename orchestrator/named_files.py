@@ -1,0 +1,61 @@
+"""What a recipe names by its path, and whether the run itself would replace it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+from orchestrator.recipe import Recipe
+from shearing.data.installed_text import is_installed_text
+from shearing.storage import Store, open_store
+
+# Folders of a workspace that runs and comparisons write, and replace when they write them again.
+WRITTEN_FOLDERS = (
+    "checkpoints", "chosen", "comparison", "forecast", "methods", "metrics", "mixture", "model", "pruned", "report",
+    "rotated", "scratch", "sliced", "slicing", "source-shape", "sparse", "sparsifying", "stages", "tracking",
+)  # fmt: skip
+
+
+def replaced_inputs(recipe: Recipe, workspace: Store) -> list[str]:
+    """One problem for everything that a recipe names and that lies where the run writes.
+
+    `source` of the workspace is written only where the run trains its source model.
+    """
+    trained = ("source",) if recipe.source.train is not None else ()
+    written = {_place(workspace.child(name)): workspace.child(name).uri for name in (*WRITTEN_FOLDERS, *trained)}
+    problems = []
+    for key, named in _named(recipe):
+        try:
+            filesystem, path = _place(open_store(named))
+        except (ValueError, OSError):  # that it cannot be opened is said where it is read
+            continue
+        for (other, folder), uri in written.items():
+            if filesystem == other and PurePosixPath(path).is_relative_to(folder):
+                problems.append(
+                    f"{key} = {named!r} lies in {uri}, a folder that this run writes: what is there would be replaced "
+                    "and lost. Set workspace to another folder, or move it elsewhere and name that place."
+                )
+    return problems
+
+
+def _place(store: Store) -> tuple[str, str]:
+    """A filesystem's type and a path on it, the same by whichever link it is reached."""
+    return store.filesystem.type_name, os.path.realpath(store.path) if store.is_local else store.path
+
+
+def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Key and path or URI of everything that a recipe names."""
+    distillation = recipe.recovery.distillation if recipe.recovery is not None else None
+    text = recipe.comparison.text if recipe.comparison is not None else None
+    tasks = recipe.comparison.tasks if recipe.comparison is not None else None
+    single = {
+        "source.model": recipe.source.model,
+        "recovery.distillation.teacher": None if distillation is None else distillation.teacher,
+        "references.file": recipe.references.file,
+        "comparison.text.file": None if text is None else text.file,
+        "comparison.tasks.files": None if tasks is None else tasks.files,
+        "corpus.path": recipe.corpus.path,
+    }
+    yield from ((key, path) for key, path in single.items() if path is not None)
+    for name, domain in recipe.corpus.domains.items():
+        texts = [domain.text] if isinstance(domain.text, str) else domain.text
+        yield from ((f"corpus.domains.{name}.text", text) for text in texts if not is_installed_text(text))
