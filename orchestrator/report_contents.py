@@ -5,8 +5,8 @@ import statistics
 from typing import Any
 
 from orchestrator.report_mixture import evaluation_cost, replays, settings
-from orchestrator.report_reading import INTERRUPTIONS, STAGES, PhaseRecord, RunRecord
-from orchestrator.report_slicing import is_sliced, sliced_shapes, slicing
+from orchestrator.report_reading import INTERRUPTIONS, PhaseRecord, RunRecord
+from orchestrator.report_slicing import sliced_shapes, slicing
 
 MOST_POINTS = 4000  # of a series; longer ones are thinned evenly, ends kept
 MOST_LAYER_POINTS = 120  # of a series with a number a layer
@@ -20,7 +20,7 @@ def contents(run: RunRecord) -> dict[str, Any]:
         "name": str(run.recipe.get("name", "unnamed run")),
         "domains": run.domains,
         "prior": {d: (run.recipe["corpus"]["domains"][d] or {}).get("proportion") for d in _recipe_domains(run)},
-        "stages": [_stage(run, name) for name in STAGES if name not in _other_methods(run)],
+        "stages": [_stage(run, name) for name in run.asked if name != "report"],
         "shapes": _shapes(run, extraction),
         "references": run.outputs("references") or None,
         "extraction": extraction or None,
@@ -34,11 +34,6 @@ def contents(run: RunRecord) -> dict[str, Any]:
         "versions": run.versions,
         "provenance": _provenance(run),
     }
-
-
-def _other_methods(run: RunRecord) -> set[str]:
-    """Stages that no run of this one's method has, and the report itself."""
-    return {"report", *(("pruning", "extraction", "scratch") if is_sliced(run.recipe) else ("slicing",))}
 
 
 def _recipe_domains(run: RunRecord) -> list[str]:

@@ -12,9 +12,6 @@ from shearing.data.manifest import Manifest, load_manifest
 from shearing.storage import Store, open_store
 
 PHASES = ("source", "pruning", "recovery", "scratch")
-STAGES = (
-    "corpus", "source", "references", "pruning", "extraction", "slicing", "recovery", "scratch", "scores", "report",
-)  # fmt: skip
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy", "safetensors")
 INTERRUPTIONS = ("resumed", "restarted")
 
@@ -34,10 +31,11 @@ class PhaseRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A workspace as read. What is missing is empty."""
+    """A workspace as read. What is missing is empty. `asked` names the stages that the run goes through, in order."""
 
     recipe: dict[str, Any]
     recipe_text: str
+    asked: list[str]
     stages: dict[str, dict[str, Any]]
     phases: dict[str, PhaseRecord]
     mixture: dict[str, list[dict[str, Any]]]
@@ -70,6 +68,7 @@ def read_run(workspace: Store) -> RunRecord:
     return RunRecord(
         recipe=recipe,
         recipe_text=recipe_text,
+        asked=workspace.read_json("stages.json") if workspace.exists("stages.json") else list(stages),
         stages=stages,
         phases=phases,
         mixture={phase: versions for phase, versions in mixture.items() if versions},

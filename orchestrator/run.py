@@ -59,7 +59,7 @@ def run_recipe(recipe: Recipe, console: Console, session: RaySession, stages: Se
         stages = list(stages_of(recipe) if stages is None else stages)
         if conflicts := recipe_conflicts(stages, recipe, workspace):
             raise UserError(conflicts)
-        workspace.record(recipe)
+        workspace.record(recipe, [stage.name for stage in stages])
         for number, stage in enumerate(stages, start=1):
             console.stage(stage.name, number, len(stages), stage.title)
             mark = run_stage(stage, context)

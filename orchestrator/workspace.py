@@ -2,6 +2,7 @@
 
 recipe.yaml                 the recipe as resolved
 versions.json               what was installed
+stages.json                 names of the stages that the run goes through, in order
 stages/<stage>.json         mark: begun or finished, what it rests on, what it put out
 metrics/<phase>.jsonl       mixture/<phase>/NNNNNN.json       checkpoints/<phase>/
 source/  pruned/  scratch/  model/                            Hugging Face directories
@@ -13,6 +14,7 @@ import importlib.metadata
 import json
 import platform
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import Field
@@ -91,9 +93,10 @@ class Workspace:
         names = [name.removesuffix(".json") for name in self.store.list("stages") if name.endswith(".json")]
         return {name: mark for name in names if (mark := self.mark(name)) is not None}
 
-    def record(self, recipe: Recipe) -> None:
-        """Write the resolved recipe and the versions that run it."""
+    def record(self, recipe: Recipe, stages: Iterable[str]) -> None:
+        """Write the resolved recipe, the names of the stages that it goes through, and the versions that run it."""
         self.store.write_bytes("recipe.yaml", dump_recipe(recipe).encode())
+        self.store.write_json("stages.json", list(stages))
         self.store.write_json("versions.json", versions())
 
     def _write(self, mark: Mark) -> None:

@@ -26,6 +26,7 @@ def write_example(path, leave_out=(), draw=None):
     corpus = open_store(str(path / "corpus"))
     corpus.write_json("manifest.json", manifest(draw))
     store.write_bytes("recipe.yaml", yaml.safe_dump(recipe(str(path)), sort_keys=False).encode())
+    store.write_json("stages.json", [*SECONDS, "report"])
     store.write_json("versions.json", {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0+cpu"})
     clock = START
     for stage, seconds in SECONDS.items():

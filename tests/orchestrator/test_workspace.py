@@ -65,8 +65,9 @@ def test_a_fingerprint_knows_values_and_not_the_order_of_keys():
 def test_the_recipe_recorded_is_the_recipe(tmp_path):
     recipe = tiny_recipe(tmp_path)
     workspace = open_workspace(recipe)
-    workspace.record(recipe)
+    workspace.record(recipe, ["corpus", "source"])
     assert load_recipe(workspace.store.locate("recipe.yaml"), []) == recipe
+    assert workspace.store.read_json("stages.json") == ["corpus", "source"]
     assert workspace.store.read_json("versions.json")["ray"][0].isdigit()
 
 
