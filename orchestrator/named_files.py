@@ -10,8 +10,8 @@ from shearing.storage import Store, open_store
 
 # Folders of a workspace that runs and comparisons write, and replace when they write them again.
 WRITTEN_FOLDERS = (
-    "checkpoints", "chosen", "comparison", "forecast", "methods", "metrics", "mixture", "model", "pruned", "report",
-    "rotated", "scratch", "sliced", "slicing", "source-shape", "sparse", "sparsifying", "stages", "tracking",
+    "checkpoints", "chosen", "comparison", "forecast", "measures", "methods", "metrics", "mixture", "model", "pruned",
+    "report", "rotated", "scratch", "sliced", "slicing", "source-shape", "sparse", "sparsifying", "stages", "tracking",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ stages/<stage>.json         mark: begun or finished, what it rests on, what it p
 metrics/<phase>.jsonl       mixture/<phase>/NNNNNN.json       checkpoints/<phase>/
 source/  pruned/  scratch/  model/                            Hugging Face directories
 report/index.html  report/report.json  report/report.md
+measures/tasks/<model>.json                                   of a comparison: kept as they are made
 """
 
 import hashlib
