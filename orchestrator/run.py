@@ -54,7 +54,7 @@ def run_recipe(recipe: Recipe, console: Console, session: RaySession, stages: Se
     stop goes on where it stopped.
     """
     workspace = open_workspace(recipe)
-    with lock_workspace(workspace.store), session:
+    with lock_workspace(workspace.store, console.note), session:
         context = Context(recipe, workspace, console, session)
         stages = list(stages_of(recipe) if stages is None else stages)
         if conflicts := recipe_conflicts(stages, recipe, workspace):

@@ -120,7 +120,7 @@ def test_the_driver_is_found_alive_and_gone(tmp_path):
     """A lock file outlives its driver, and its number may be somebody else's by then."""
     store = write_example(tmp_path)
     assert read_state(store, NOW)["driver"] == "none"
-    with lock_workspace(store):
+    with lock_workspace(store, [].append):
         assert read_state(store, NOW)["driver"] == f"process {os.getpid()} on {socket.gethostname()}, at work"
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time() - 10**8}
     store.write_bytes("driver.lock", json.dumps(holder).encode())
