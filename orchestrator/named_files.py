@@ -1,18 +1,22 @@
-"""What a recipe names by its path, and whether the run itself would replace it."""
+"""What a recipe names by its path: whether the run itself would replace it, and whether it is what it was."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from orchestrator.recipe import Recipe
 from shearing.data.installed_text import is_installed_text
-from shearing.storage import Store, open_store
+from shearing.data.rule_by_path import find_module
+from shearing.storage import Store, open_store, resolve
 
 # Folders of a workspace that runs and comparisons write, and replace when they write them again.
 WRITTEN_FOLDERS = (
     "checkpoints", "chosen", "comparison", "forecast", "measures", "methods", "metrics", "mixture", "model", "pruned",
     "report", "rotated", "scratch", "sliced", "slicing", "source-shape", "sparse", "sparsifying", "stages", "tracking",
 )  # fmt: skip
+
+END_BYTES = 2**20  # of a weight file, at either end: its header, and tensors that any further training changes
 
 
 def replaced_inputs(recipe: Recipe, workspace: Store) -> list[str]:
@@ -59,3 +63,39 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for name, domain in recipe.corpus.domains.items():
         texts = [domain.text] if isinstance(domain.text, str) else domain.text
         yield from ((f"corpus.domains.{name}.text", text) for text in texts if not is_installed_text(text))
+
+
+def named_contents(recipe: Recipe) -> dict[str, str]:
+    """Key -> digest of the file behind it, for every key that names one file whose text shapes what comes out."""
+    text = recipe.comparison.text if recipe.comparison is not None else None
+    files = {"references.file": recipe.references.file, "comparison.text.file": None if text is None else text.file}
+    if recipe.mixture.is_path:
+        module = find_module(recipe.mixture.rule.partition(":")[0])
+        files["mixture.rule"] = module.origin if module is not None else None
+    return {key: _digest(file) for key, file in files.items() if file is not None}
+
+
+def model_contents(folder: Store) -> dict[str, str]:
+    """Name -> digest of every JSON file of a model directory, and of both ends of every weight file."""
+    return {
+        name: _digest(folder.child(name).uri, END_BYTES if name.endswith(".safetensors") else None)
+        for name in folder.list()
+        if name.endswith((".safetensors", ".json"))
+    }
+
+
+def _digest(uri: str, end_bytes: int | None = None) -> str:
+    """16 hex digits of a file, or of its size and ends; `absent` where there is none."""
+    found = hashlib.sha256()
+    try:
+        filesystem, path = resolve(uri)
+        with filesystem.open_input_file(path) as stream:
+            size = stream.size()
+            found.update(str(size).encode())
+            found.update(stream.read(end_bytes))
+            if end_bytes is not None:
+                stream.seek(max(0, size - end_bytes))
+                found.update(stream.read(end_bytes))
+    except (OSError, ValueError):
+        return "absent"
+    return found.hexdigest()[:16]

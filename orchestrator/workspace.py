@@ -33,8 +33,9 @@ RECORDED_PACKAGES = (
 class Mark(Config):
     """What is known of one stage of a run. Times are Unix seconds.
 
-    `rests_on` holds what went into the stage: `recipe` (key path -> value) and `stages` (earlier stage ->
-    fingerprint); `inputs` is its fingerprint. A stage that has begun and not finished has no `finished`.
+    `rests_on` holds what went into the stage: `recipe` (key path -> value), `stages` (earlier stage -> fingerprint)
+    and, where the recipe names files that are read whole, `files` (key path -> digest); `inputs` is its fingerprint. A
+    stage that has begun and not finished has no `finished`.
     """
 
     stage: str

@@ -1,15 +1,22 @@
 """What a user names is never what the run replaces."""
 
+import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
-from recipes_for_tests import tiny_recipe, write_model
+from recipes_for_tests import tiny_recipe, write_model, write_weights
 
 import orchestrator.named_files
+from orchestrator.console import Console
 from orchestrator.methods import METHODS
-from orchestrator.named_files import WRITTEN_FOLDERS
+from orchestrator.named_files import WRITTEN_FOLDERS, named_contents
 from orchestrator.preflight import preflight
+from orchestrator.stage import Context, run_stage
+from orchestrator.stages import PRUNING, SOURCE
+from orchestrator.workspace import open_workspace
+from shearing.errors import UserError
 
 TRAINED = (
     "source={train: {steps: 1, global_batch_tokens: 512, tokenizer: {vocab_size: 320}, shape: {num_layers: 4, "
@@ -64,3 +71,48 @@ def test_every_folder_that_the_orchestrator_writes_is_known():
     written |= {folder for method in METHODS.values() for folder in (method.before, method.after) if folder}
     assert len(written) >= 10
     assert written <= set(WRITTEN_FOLDERS)
+
+
+class NoRay:
+    def start(self, _console):
+        pass
+
+
+def context_of(recipe):
+    return Context(recipe, open_workspace(recipe), Console(io.StringIO()), NoRay())
+
+
+def test_another_model_under_the_name_of_the_source_is_refused(tmp_path):
+    """A finetuned model of the same sizes copied over the source: half of the run rests on each."""
+    recipe, weights = tiny_recipe(tmp_path), tmp_path / "model/model.safetensors"
+    write_weights(weights, a=np.zeros(2**20, np.float32), b=np.zeros(4, np.float32))
+    run_stage(SOURCE, context_of(recipe))
+    run_stage(SOURCE, context_of(recipe))
+    write_weights(weights, a=np.zeros(2**20, np.float32), b=np.ones(4, np.float32))
+    with pytest.raises(UserError, match=r"is not what it was when this run began: model\.safetensors changed"):
+        run_stage(SOURCE, context_of(recipe))
+
+
+@pytest.mark.parametrize("key", ["references.file", "mixture.rule"])
+def test_a_file_of_other_text_is_another_input(tmp_path, monkeypatch, key):
+    """References or a rule edited while a run stands still: it goes on with checkpoints that others have led to."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "losses.yaml").write_text("wiki: 2.25\ncode: 1.5\n")
+    (tmp_path / "my_rules.py").write_text("def best(state, losses, references): return state\n")
+    file, keys = {
+        "references.file": ("losses.yaml", ("references.kind=file", "references.file=losses.yaml")),
+        "mixture.rule": ("my_rules.py", ("mixture.rule=my_rules:best",)),
+    }[key]
+    recipe = tiny_recipe(tmp_path, *keys)
+    assert list(named_contents(recipe)) == [key]
+    open_workspace(recipe).begin("pruning", PRUNING.rests_on(context_of(recipe)))
+    assert preflight(recipe) == []
+    with (tmp_path / file).open("a") as text:
+        text.write("# another\n")
+    (problem,) = preflight(recipe)
+    assert f"content of {key}: " in problem
+
+
+def test_a_recipe_that_names_no_file_rests_on_what_it_always_did(tmp_path):
+    """Work in progress refused after an update of this software."""
+    assert set(PRUNING.rests_on(context_of(tiny_recipe(tmp_path)))) == {"recipe", "stages"}
