@@ -5,7 +5,7 @@ import statistics
 from typing import Any
 
 from orchestrator.report_mixture import evaluation_cost, replays, settings
-from orchestrator.report_reading import INTERRUPTIONS, PhaseRecord, RunRecord
+from orchestrator.report_reading import INTERRUPTION, PhaseRecord, RunRecord
 from orchestrator.report_slicing import sliced_shapes, slicing
 
 MOST_POINTS = 4000  # of a series; longer ones are thinned evenly, ends kept
@@ -127,7 +127,7 @@ def _summary(run: RunRecord, phase: str, record: PhaseRecord) -> dict[str, Any]:
         **evaluation_cost(record),
         "tokens_per_s": statistics.median(speeds) if speeds else None,
         "data_wait_share": waited / busy if busy else None,
-        "interruptions": sum(row.get("event") in INTERRUPTIONS for row in record.events),
+        "interruptions": sum(row.get("event") == INTERRUPTION for row in record.events),
         "repeated_steps": record.repeated_steps,
         "unreadable_lines": record.unreadable_lines,
         "steps_with_bad_loss": sum(_bad(row.get("loss", 0.0)) for row in rows),
@@ -139,7 +139,7 @@ def _summary(run: RunRecord, phase: str, record: PhaseRecord) -> dict[str, Any]:
 
 def _time(forecasts: dict[str, float], record: PhaseRecord) -> dict[str, Any]:
     """Seconds a step, all between steps included, of a phase that was not interrupted; and the forecast."""
-    if len(record.steps) < 2 or any(row.get("event") in INTERRUPTIONS for row in record.events):
+    if len(record.steps) < 2 or any(row.get("event") == INTERRUPTION for row in record.events):
         return {}
     device = record.starts[-1]["device"] if record.starts else ""
     fitting = [seconds for name, seconds in forecasts.items() if len(forecasts) == 1 or name in device]

@@ -1,6 +1,5 @@
 """Reads everything a run left in its workspace, and bears that parts of it are missing."""
 
-import importlib.metadata
 import json
 import math
 from collections.abc import Iterator
@@ -12,8 +11,7 @@ from shearing.data.manifest import Manifest, load_manifest
 from shearing.storage import Store, open_store
 
 PHASES = ("source", "pruning", "recovery", "scratch")
-PACKAGES = ("ray", "torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy", "safetensors")
-INTERRUPTIONS = ("resumed", "restarted")
+INTERRUPTION = "resumed"  # the event of a phase that goes on
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def read_run(workspace: Store) -> RunRecord:
         stages=stages,
         phases=phases,
         mixture={phase: versions for phase, versions in mixture.items() if versions},
-        versions=workspace.read_json("versions.json") if workspace.exists("versions.json") else _installed(),
+        versions=_versions(stages),
         manifest=manifest,
         manifest_problem=problem,
         domains=domains,
@@ -101,7 +99,7 @@ def read_phase(data: bytes) -> PhaseRecord:
             unreadable += 1
         elif row["kind"] == "event":
             # what happened to the run is history; what a repeated step says again happened once
-            happened = number if row.get("event") in INTERRUPTIONS else (row["step"], row.get("event"), row.get("text"))
+            happened = number if row.get("event") == INTERRUPTION else (row["step"], row.get("event"), row.get("text"))
             events[happened] = row
         else:
             seen += row["kind"] == "step"
@@ -165,11 +163,15 @@ def _manifest(stages: dict[str, dict[str, Any]]) -> tuple[Manifest | None, str]:
         return None, f"the corpus at {path} cannot be read from here ({error})"
 
 
-def _installed() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def _versions(stages: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Package -> version, or each of its versions with the stages that had it, in the order of time."""
+    had: dict[str, dict[str, list[str]]] = {}
+    for name, mark in sorted(stages.items(), key=lambda item: float(item[1].get("started") or 0.0)):
+        for package, version in (mark.get("versions") or {}).items():
+            had.setdefault(package, {}).setdefault(version, []).append(name)
+    return {
+        package: next(iter(by_version))
+        if len(by_version) == 1
+        else ", ".join(f"{version} ({', '.join(names)})" for version, names in by_version.items())
+        for package, by_version in had.items()
+    }

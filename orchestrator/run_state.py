@@ -4,7 +4,7 @@ from typing import Any
 
 from orchestrator.console import format_duration
 from orchestrator.report_contents import planned_steps
-from orchestrator.report_reading import PHASES, PhaseRecord, RunRecord, read_run
+from orchestrator.report_reading import INTERRUPTION, PHASES, PhaseRecord, RunRecord, read_run
 from orchestrator.workspace_lock import describe_driver
 from shearing.errors import UserError
 from shearing.storage import Store
@@ -99,7 +99,7 @@ def _seconds_a_step(record: PhaseRecord) -> float | None:
 
 
 def _interrupts(row: dict[str, Any]) -> bool:
-    return row["kind"] == "start" or row.get("event") == "resumed"
+    return row["kind"] == "start" or row.get("event") == INTERRUPTION
 
 
 def _domains(record: PhaseRecord) -> dict[str, dict[str, Any]]:

@@ -194,6 +194,16 @@ def test_stages_that_a_run_does_without_are_not_missed(tmp_path, left_out):
     assert [stage["stage"] for stage in report["stages"]] == [name for name in STAGES if name not in left_out]
 
 
+def test_versions_are_those_of_each_stage(tmp_path):
+    """A report that claims for the whole run what was installed at its last start."""
+    store = write_example(tmp_path)
+    change(store, "stages/recovery.json", lambda mark: mark["versions"].update(torch="2.14.0"))
+    versions = build_report(store)["versions"]
+    before = "corpus, source, references, pruning, extraction, scratch, scores"
+    assert versions["torch"] == f"2.13.0+cpu ({before}), 2.14.0 (recovery)"
+    assert versions["ray"] == "2.60.0"
+
+
 def test_sparsifying_is_a_stage(tmp_path):
     """A list of the report's own, which lacks a stage that ran."""
     store = write_example(tmp_path, leave_out=("pruning", "extraction", "scratch"))
