@@ -226,4 +226,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
                 f"optimizer state holds {key!r}, but the optimizer's parameters are {', '.join(parameters)}: "
                 "the checkpoint belongs to other gate groups. Resume with the recipe that wrote it."
             )
-        optimizer.state[parameters[name]][quantity] = value.detach().clone()
+        parameter = parameters[name]
+        device = "cpu" if quantity == "step" else parameter.device  # where Adam keeps its counter of steps
+        optimizer.state[parameter][quantity] = value.detach().to(device, copy=True)

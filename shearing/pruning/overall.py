@@ -16,6 +16,7 @@ from torch import Tensor
 from shearing.models.family import family_of, has_bias, shape_of
 from shearing.models.parameters import count_parameters, parameters_outside, prunable_parameters
 from shearing.models.shape import Shape
+from shearing.pruning.config import PruningTarget
 
 OVERALL = "overall"
 INSIDE = {"attention_layer": ("head", "kv_head"), "mlp_layer": ("intermediate",)}
@@ -92,6 +93,32 @@ class OverallSparsity:
         found.target_sparsity = 1 - parameters / found.total
         assert int(found.count({})) == found.total
         return found
+
+    @classmethod
+    def asked(cls, config: Any, target: PruningTarget) -> "OverallSparsity":
+        """By what a target gives that is no shape: a sparsity or a number of parameters."""
+        if target.sparsity is not None:
+            return cls(config, target.sparsity)
+        assert target.parameters is not None
+        return cls.of_all(config, target.parameters)
+
+    def least(self, shapes: Mapping[str, tuple[int, ...]], kept_layers: tuple[int, ...]) -> int:
+        """Parameters left when every gate that may close has closed; no `choose` gets below.
+
+        Args:
+            shapes: Of the tensors of gates, by group: [L, X] or [X].
+            kept_layers: Whose attention and MLP are forced to stay, and so the best unit inside each.
+        """
+        gates = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        if "hidden" in gates:
+            gates["hidden"][0] = 1
+        for half, inside in INSIDE.items():
+            for layer in kept_layers if half in gates else ():
+                gates[half][layer] = 1
+                for name in inside:
+                    if name in gates:
+                        gates[name][layer, 0] = 1
+        return int(self.count(gates))
 
     def count(self, gates: Mapping[str, Tensor]) -> Tensor:
         """Parameters left by gates, a scalar in float64: expected ones from P(z > 0), true ones from 0 and 1.
