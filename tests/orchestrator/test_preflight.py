@@ -67,7 +67,7 @@ BAD = [
     (["pruning.keep.layers=[0]", "pruning.drop.layers=[-4]"], "both name layers 0"),
     (["pruning.drop.layers=[1, 2]"], "forces 2 layers to go, but the target keeps 3 of 4"),
     (["pruning.target.sparsity=0.5"], "pruning.target has sparsity and num_layers, hidden_size"),
-    (["pruning.target={parameters: 9000000}"], "pruning.target.parameters = 9,000,000; the source has"),
+    (["pruning.target={parameters: 9000000}"], "pruning.target.parameters = 9,000,000 asks for 9,000,000 of the"),
     (["pruning.target={sparsity: 0.5}", "pruning.method=random"], "which only gates can spread over groups"),
     (["pruning.target={sparsity: 0.5}", "pruning.gates.groups=[head, layer]"], "'layer', which has no part in an"),
     (["pruning.gates.groups=[layer, hidden, head, intermediate, mlp_layer]"], "has 'mlp_layer', which a source"),
