@@ -19,7 +19,7 @@ class NodeTorchConfig(TorchConfig):
         return _NodeBackend
 
 
-class _NodeBackend(_TorchBackend):  # type: ignore[misc]
+class _NodeBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(choose_interface)
         super().on_start(worker_group, backend_config)

@@ -119,10 +119,6 @@ class Lagrangian(nn.Module):
                 terms.append(constraint(s, targets[name], torch.zeros_like(penalty), penalty))
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
-    def forward(self, expected: Mapping[str, Tensor], step: int) -> Tensor:
-        """The same as `loss`."""
-        return self.loss(expected, step)
-
 
 @torch.no_grad()
 def sparsity_metrics(gates: Gates, lagrangian: Lagrangian, step: int) -> dict[str, dict[str, Any]]:

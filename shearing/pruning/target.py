@@ -9,8 +9,8 @@ from shearing.models.families import Family
 from shearing.models.family import head_size_is_quotient, shape_of
 from shearing.models.parameters import count_parameters, prunable_parameters
 from shearing.models.shape import Shape, TargetShape
+from shearing.pruning.budget import INSIDE, OverallBudget
 from shearing.pruning.config import PruningConfig, PruningTarget
-from shearing.pruning.overall import INSIDE, OverallSparsity
 
 GROUPS = ("layer", "hidden", "head", "kv_head", "intermediate")
 OVERALL_GROUPS = ("hidden", "head", "kv_head", "intermediate", "attention_layer", "mlp_layer")
@@ -197,9 +197,10 @@ def _overall_problems(family: Family, source: Shape, config: PruningConfig, path
 
 def _budget_problems(source: Shape, config: PruningConfig, path: str, source_config: Any) -> list[str]:
     """Whether gates can reach what an overall target asks for at all."""
-    overall = OverallSparsity.asked(source_config, config.target)
-    shapes = {name: spec.shape for name, spec in overall_groups(source, config.gates.groups).items()}
-    least = overall.least(shapes, layer_numbers(config.keep.layers, source.num_layers))
+    overall = OverallBudget.asked(source_config, config.target)
+    least = overall.least(
+        overall_groups(source, config.gates.groups), layer_numbers(config.keep.layers, source.num_layers)
+    )
     if least < overall.budget < overall.total:
         return []
     bound = "sparsity" if config.target.sparsity is not None else "parameters"
