@@ -82,6 +82,9 @@ def comparison_problems(recipe: Recipe) -> list[str]:
         problems.append(f"comparison.text.file = {text.file!r} is no file. Set it to a text, or comparison.text=null.")
     if facts.config is None or facts.target is None:
         return problems
+    if text is not None:
+        found = text.size_problems(facts.config.get("max_position_embeddings"), "the source model")
+        problems += [f"comparison.text: {problem}" for problem in found]
     for name in chosen_methods(recipe, facts)[0]:
         found = misfits(name, recipe, facts) or preflight(method_recipe(name, recipe, facts.config))
         problems += [f"method {name}: {problem}" for problem in found if problem not in problems]

@@ -10,6 +10,7 @@ from orchestrator.comparison_checks import render_comparison_plan as render
 from orchestrator.comparison_run import comparison_session
 from orchestrator.comparison_stages import COMPARISON_STAGES
 from orchestrator.console import Console, format_duration
+from orchestrator.recipe import Recipe
 from orchestrator.recipe_loading import load_recipe
 from orchestrator.run import run_recipe
 from shearing.errors import UserError
@@ -26,11 +27,7 @@ def compare(command: Command, console: Console, out: TextIO) -> int:
     recipe = comparison_recipe(recipe)
     if problems := comparison_problems(recipe):
         raise UserError(problems)
-    assert recipe.comparison is not None
-    if recipe.comparison.tasks is not None:
-        from shearing.evaluation.harness import check_tasks  # loads the harness, where it is installed
-
-        check_tasks(recipe.comparison.tasks)
+    _check_measures(recipe)
     on_lost = partial(end_without_ray, console)
     session = comparison_session(recipe, command.verbose, command.dashboard, on_lost)
     context = run_recipe(recipe, console, session, COMPARISON_STAGES)
@@ -41,3 +38,28 @@ def compare(command: Command, console: Console, out: TextIO) -> int:
     for name, problems in failed.items():
         out.write(f"  failed  {name}: {problems[0]}\n")
     return FAILED if failed else DONE
+
+
+def _check_measures(recipe: Recipe) -> None:
+    """What of tasks and text cannot be known without torch. Raises UserError with every problem."""
+    assert recipe.comparison is not None
+    problems: list[str] = []
+    tasks, text, source = recipe.comparison.tasks, recipe.comparison.text, recipe.source.model
+    if tasks is not None:
+        from shearing.evaluation.harness import check_tasks  # loads the harness, where it is installed
+
+        try:
+            check_tasks(tasks)
+        except UserError as error:
+            problems += error.problems
+    if text is not None and source is not None:  # the tokenizer of a source that is trained here has a begin of text
+        from shearing.evaluation.inference import Inference
+        from shearing.evaluation.text_perplexity import plan_windows
+
+        inference = Inference(batch_sequences=1, trust_remote_code=recipe.source.trust_remote_code)
+        try:
+            plan_windows(text, source, inference)
+        except UserError as error:
+            problems += [f"comparison.text: {problem}" for problem in error.problems]
+    if problems:
+        raise UserError(problems)

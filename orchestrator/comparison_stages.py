@@ -1,11 +1,14 @@
 """The stages of a comparison: corpus, source and references as in any run, then methods, measures and the page."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from orchestrator.comparison_run import methods_are_whole, run_methods
 from orchestrator.methods import METHODS as COMPARED
 from orchestrator.stage import Context, Stage
 from orchestrator.stages import CORPUS, REFERENCES, SOURCE, score_protocol, source_model, task_resources
+from orchestrator.workspace import fingerprint
 from shearing.storage import open_store
 
 
@@ -28,19 +31,34 @@ def _measures(context: Context) -> dict[str, Any]:
     models, protocol = compared_models(context), score_protocol(context)
     comparison, resources = context.recipe.comparison, task_resources(context)
     assert comparison is not None
+    text = comparison.text and comparison.text.model_copy(update={"file": open_store(comparison.text.file).uri})
     context.console.note(f"{len(models)} models on the same held-out sequences")
-    losses = measure_models(models, protocol, comparison.text, **resources)
+    losses = measure_models(models, protocol, text, **resources)
     results = {name: uri for name, uri in models.items() if not name.endswith("/before")}
     context.console.note(f"size, memory and speed of {len(results)}, speeds in turns in one process")
     scores = score_models(results, protocol, tuple(results), **resources)
     for name, entry in losses.items():
         entry |= {key: value for key, value in scores["models"].get(name, {}).items() if key not in entry}
         if tasks := comparison.tasks:
-            context.console.note(f"tasks of {name}")
             # own task files name local data; those of the harness fetch theirs
             offline = tasks.files is not None
-            entry["tasks"] = score_tasks(models[name], tasks, protocol, offline=offline, **resources)
+            here = tasks.model_copy(update={"files": open_store(tasks.files).uri if tasks.files else None})
+            score = partial(score_tasks, models[name], here, protocol, offline=offline, **resources)
+            entry["tasks"] = _made_once(context, f"tasks/{name}", score)
     return {"models": losses, "protocol": scores["protocol"]}
+
+
+def _made_once(context: Context, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What an earlier attempt on the same inputs made and kept, or what is made and kept now."""
+    store, file = context.workspace.store, f"measures/{name}.json"
+    inputs = fingerprint(MEASURES.rests_on(context))
+    if store.exists(file) and (kept := store.read_json(file))["inputs"] == inputs:
+        context.console.note(f"{name}: measured already")
+        return dict(kept["measures"])
+    context.console.note(name)
+    made = make()
+    store.write_json(file, {"inputs": inputs, "measures": made})
+    return made
 
 
 def _page(context: Context) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from orchestrator.recipe import Recipe
+from shearing.storage import open_store
 from shearing.training.choosing import ChoosingConfig
 from shearing.training.config import RecoveryConfig, TrainingConfig
 from shearing.training.export import ExportConfig
@@ -24,8 +25,8 @@ def phase_config(
     """
     training = training_config(recipe, name)
     distillation = training.distillation if isinstance(training, RecoveryConfig) and name == "recovery" else None
-    if distillation is not None and distillation.teacher is None:
-        distillation = distillation.model_copy(update={"teacher": source})
+    if distillation is not None:  # a worker's working directory may be another
+        distillation = distillation.model_copy(update={"teacher": open_store(distillation.teacher or source).uri})
     return PhaseConfig(
         name=name,
         model=model,

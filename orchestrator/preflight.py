@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from orchestrator.data_forecast import DomainUse, Supply, data_use, estimated_supply, find_text, known_supply, phases_of
+from orchestrator.named_files import replaced_inputs
 from orchestrator.recipe import Recipe
 from orchestrator.run import stages_of
 from orchestrator.source_model import SourceFacts, inspect_source, result_parameters
@@ -42,6 +43,7 @@ def preflight(recipe: Recipe) -> list[str]:
     folder_problems, workspace = _folder_problems(recipe)
     problems += folder_problems
     if workspace is not None:
+        problems += replaced_inputs(recipe, workspace.store)
         problems += recipe_conflicts(stages_of(recipe), recipe, workspace)
         problems += _supply_problems(recipe, supply_of(recipe, workspace, text_bytes, facts))
     return problems

@@ -288,10 +288,10 @@ def _folder_warnings(recipe: Recipe, is_embedded: bool, nodes: int) -> list[str]
         if "://" in uri:
             continue
         inside = os.path.abspath(uri)
-        if inside.startswith(os.path.join(tempfile.gettempdir(), "ray")):
+        if inside.startswith(os.path.join(tempfile.gettempdir(), "ray", "")):
             found.append(
                 f"{key} = {uri!r} lies in the job's own copy of the working directory, which Ray removes in time; "
-                " give an absolute path or a URI to keep it and to go on later."
+                "give an absolute path or a URI to keep it and to go on later."
             )
         elif nodes > 1:
             found.append(

@@ -5,8 +5,8 @@ import statistics
 from typing import Any
 
 from orchestrator.report_mixture import evaluation_cost, replays, settings
-from orchestrator.report_reading import INTERRUPTIONS, STAGES, PhaseRecord, RunRecord
-from orchestrator.report_slicing import is_sliced, sliced_shapes, slicing
+from orchestrator.report_reading import INTERRUPTION, PhaseRecord, RunRecord
+from orchestrator.report_slicing import sliced_shapes, slicing
 
 MOST_POINTS = 4000  # of a series; longer ones are thinned evenly, ends kept
 MOST_LAYER_POINTS = 120  # of a series with a number a layer
@@ -20,7 +20,7 @@ def contents(run: RunRecord) -> dict[str, Any]:
         "name": str(run.recipe.get("name", "unnamed run")),
         "domains": run.domains,
         "prior": {d: (run.recipe["corpus"]["domains"][d] or {}).get("proportion") for d in _recipe_domains(run)},
-        "stages": [_stage(run, name) for name in STAGES if name not in _other_methods(run)],
+        "stages": [_stage(run, name) for name in run.asked if name != "report"],
         "shapes": _shapes(run, extraction),
         "references": run.outputs("references") or None,
         "extraction": extraction or None,
@@ -34,11 +34,6 @@ def contents(run: RunRecord) -> dict[str, Any]:
         "versions": run.versions,
         "provenance": _provenance(run),
     }
-
-
-def _other_methods(run: RunRecord) -> set[str]:
-    """Stages that no run of this one's method has, and the report itself."""
-    return {"report", *(("pruning", "extraction", "scratch") if is_sliced(run.recipe) else ("slicing",))}
 
 
 def _recipe_domains(run: RunRecord) -> list[str]:
@@ -132,7 +127,7 @@ def _summary(run: RunRecord, phase: str, record: PhaseRecord) -> dict[str, Any]:
         **evaluation_cost(record),
         "tokens_per_s": statistics.median(speeds) if speeds else None,
         "data_wait_share": waited / busy if busy else None,
-        "interruptions": sum(row.get("event") in INTERRUPTIONS for row in record.events),
+        "interruptions": sum(row.get("event") == INTERRUPTION for row in record.events),
         "repeated_steps": record.repeated_steps,
         "unreadable_lines": record.unreadable_lines,
         "steps_with_bad_loss": sum(_bad(row.get("loss", 0.0)) for row in rows),
@@ -144,7 +139,7 @@ def _summary(run: RunRecord, phase: str, record: PhaseRecord) -> dict[str, Any]:
 
 def _time(forecasts: dict[str, float], record: PhaseRecord) -> dict[str, Any]:
     """Seconds a step, all between steps included, of a phase that was not interrupted; and the forecast."""
-    if len(record.steps) < 2 or any(row.get("event") in INTERRUPTIONS for row in record.events):
+    if len(record.steps) < 2 or any(row.get("event") == INTERRUPTION for row in record.events):
         return {}
     device = record.starts[-1]["device"] if record.starts else ""
     fitting = [seconds for name, seconds in forecasts.items() if len(forecasts) == 1 or name in device]

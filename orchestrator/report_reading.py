@@ -1,6 +1,5 @@
 """Reads everything a run left in its workspace, and bears that parts of it are missing."""
 
-import importlib.metadata
 import json
 import math
 from collections.abc import Iterator
@@ -12,11 +11,7 @@ from shearing.data.manifest import Manifest, load_manifest
 from shearing.storage import Store, open_store
 
 PHASES = ("source", "pruning", "recovery", "scratch")
-STAGES = (
-    "corpus", "source", "references", "pruning", "extraction", "slicing", "recovery", "scratch", "scores", "report",
-)  # fmt: skip
-PACKAGES = ("ray", "torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy", "safetensors")
-INTERRUPTIONS = ("resumed", "restarted")
+INTERRUPTION = "resumed"  # the event of a phase that goes on
 
 
 @dataclass(frozen=True)
@@ -34,10 +29,11 @@ class PhaseRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A workspace as read. What is missing is empty."""
+    """A workspace as read. What is missing is empty. `asked` names the stages that the run goes through, in order."""
 
     recipe: dict[str, Any]
     recipe_text: str
+    asked: list[str]
     stages: dict[str, dict[str, Any]]
     phases: dict[str, PhaseRecord]
     mixture: dict[str, list[dict[str, Any]]]
@@ -70,10 +66,11 @@ def read_run(workspace: Store) -> RunRecord:
     return RunRecord(
         recipe=recipe,
         recipe_text=recipe_text,
+        asked=workspace.read_json("stages.json") if workspace.exists("stages.json") else list(stages),
         stages=stages,
         phases=phases,
         mixture={phase: versions for phase, versions in mixture.items() if versions},
-        versions=workspace.read_json("versions.json") if workspace.exists("versions.json") else _installed(),
+        versions=_versions(stages),
         manifest=manifest,
         manifest_problem=problem,
         domains=domains,
@@ -102,7 +99,7 @@ def read_phase(data: bytes) -> PhaseRecord:
             unreadable += 1
         elif row["kind"] == "event":
             # what happened to the run is history; what a repeated step says again happened once
-            happened = number if row.get("event") in INTERRUPTIONS else (row["step"], row.get("event"), row.get("text"))
+            happened = number if row.get("event") == INTERRUPTION else (row["step"], row.get("event"), row.get("text"))
             events[happened] = row
         else:
             seen += row["kind"] == "step"
@@ -166,11 +163,15 @@ def _manifest(stages: dict[str, dict[str, Any]]) -> tuple[Manifest | None, str]:
         return None, f"the corpus at {path} cannot be read from here ({error})"
 
 
-def _installed() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def _versions(stages: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Package -> version, or each of its versions with the stages that had it, in the order of time."""
+    had: dict[str, dict[str, list[str]]] = {}
+    for name, mark in sorted(stages.items(), key=lambda item: float(item[1].get("started") or 0.0)):
+        for package, version in (mark.get("versions") or {}).items():
+            had.setdefault(package, {}).setdefault(version, []).append(name)
+    return {
+        package: next(iter(by_version))
+        if len(by_version) == 1
+        else ", ".join(f"{version} ({', '.join(names)})" for version, names in by_version.items())
+        for package, by_version in had.items()
+    }

@@ -20,9 +20,7 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
     judges = (slicing_facts, *JUDGES) if is_sliced(report["recipe"]) else (_target, _proof, *JUDGES)
     facts = [found for judge in judges for found in judge(report)]
     levels = {found["level"] for found in facts}
-    unfinished = [
-        stage["stage"] for stage in report["stages"] if stage["state"] != "finished" and _asked(report, stage)
-    ]
+    unfinished = [stage["stage"] for stage in report["stages"] if stage["state"] != "finished"]
     bad = [found["title"] for found in facts if found["level"] == "bad"]
     warned = [found["title"] for found in facts if found["level"] == "warn"]
     if bad:
@@ -34,14 +32,6 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
     else:
         level, headline = "good", "The model has the shape that was asked for, and every check passed."
     return {"level": level, "headline": headline, "summary": _summary(report), "facts": facts, "levels": sorted(levels)}
-
-
-def _asked(report: dict[str, Any], stage: dict[str, Any]) -> bool:
-    """Whether the recipe asks for a stage at all."""
-    recipe = report["recipe"]
-    optional = {"source": bool((recipe.get("source") or {}).get("train")), "scratch": recipe.get("scratch") is not None}
-    optional["recovery"] = "recovery" not in recipe or recipe["recovery"] is not None
-    return optional.get(stage["stage"], True)
 
 
 def _counted(count: int, noun: str) -> str:
@@ -140,6 +130,9 @@ def _recovery(report: dict[str, Any]) -> list[Fact]:
     pruned = _mean_loss(report, "sliced" if is_sliced(report["recipe"]) else "pruned")
     if recovered is None and pruned is not None:
         return []  # the recipe asks for no recovery
+    if all(stage["stage"] != "scores" for stage in report["stages"]):
+        why = "A comparison measures the models of all its methods together; its page says what this one is worth."
+        return [fact("recovery", "info", "Quality of the result", "not scored in this run", why)]
     if recovered is None:
         return [fact("recovery", "open", "Quality of the result", "not scored", "The stage scores has not run.")]
     facts = []

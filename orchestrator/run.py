@@ -54,12 +54,12 @@ def run_recipe(recipe: Recipe, console: Console, session: RaySession, stages: Se
     stop goes on where it stopped.
     """
     workspace = open_workspace(recipe)
-    with lock_workspace(workspace.store), session:
+    with lock_workspace(workspace.store, console.note), session:
         context = Context(recipe, workspace, console, session)
         stages = list(stages_of(recipe) if stages is None else stages)
         if conflicts := recipe_conflicts(stages, recipe, workspace):
             raise UserError(conflicts)
-        workspace.record(recipe)
+        workspace.record(recipe, [stage.name for stage in stages])
         for number, stage in enumerate(stages, start=1):
             console.stage(stage.name, number, len(stages), stage.title)
             mark = run_stage(stage, context)

@@ -2,11 +2,9 @@
 
 from typing import Any
 
-from orchestrator.comparison_stages import COMPARISON_STAGES
 from orchestrator.console import format_duration
 from orchestrator.report_contents import planned_steps
-from orchestrator.report_reading import PHASES, PhaseRecord, RunRecord, read_run
-from orchestrator.run import ASKED_BY, STAGES
+from orchestrator.report_reading import INTERRUPTION, PHASES, PhaseRecord, RunRecord, read_run
 from orchestrator.workspace_lock import describe_driver
 from shearing.errors import UserError
 from shearing.storage import Store
@@ -31,7 +29,7 @@ def read_state(workspace: Store, now_s: float) -> dict[str, Any]:
             "workspace=..., or runs/<name> below where it was started."
         )
     run = read_run(workspace)
-    stages = [_stage(run, name) for name in _stage_names(run)]
+    stages = [_stage(run, name) for name in run.asked]
     phase = _current_phase(run)
     return {
         "name": run.recipe.get("name"),
@@ -41,14 +39,6 @@ def read_state(workspace: Store, now_s: float) -> dict[str, Any]:
         "finished": all(stage["state"] == "finished" for stage in stages),
         "phase": _phase(run, phase, run.phases[phase], now_s) if phase else None,
     }
-
-
-def _stage_names(run: RunRecord) -> list[str]:
-    """What the run's recipe asks for, in order; of a comparison its own stages, once it came to them."""
-    if set(run.stages) - {stage.name for stage in STAGES}:
-        return [stage.name for stage in COMPARISON_STAGES]
-    absent = {name for name, section in ASKED_BY.items() if run.recipe.get(section) is None}
-    return [stage.name for stage in STAGES if stage.name not in absent]
 
 
 def _stage(run: RunRecord, name: str) -> dict[str, Any]:
@@ -109,7 +99,7 @@ def _seconds_a_step(record: PhaseRecord) -> float | None:
 
 
 def _interrupts(row: dict[str, Any]) -> bool:
-    return row["kind"] == "start" or row.get("event") == "resumed"
+    return row["kind"] == "start" or row.get("event") == INTERRUPTION
 
 
 def _domains(record: PhaseRecord) -> dict[str, dict[str, Any]]:

@@ -1,10 +1,10 @@
 """What a source model's folder says about it, read without torch or transformers."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator.model_files import read_mapping, weight_problems
 from orchestrator.recipe import Recipe
 from shearing.errors import UserError
 from shearing.models.families import FAMILIES, Family
@@ -20,8 +20,6 @@ from shearing.models.parameters import count_parameters
 from shearing.models.shape import Shape
 from shearing.pruning.slicing.plan import check_slicing, sliced_config, sliced_parameters
 from shearing.pruning.target import check_pruning, target_parameters, target_shape
-
-_OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass
@@ -87,16 +85,19 @@ def _read_directory(facts: SourceFacts, folder: Path, boundary_token: str) -> No
         return
     facts.problems += weight_problems(folder)
     try:
-        facts.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        facts.config = read_mapping(folder / "config.json")
     except FileNotFoundError:
         facts.problems.append(f"source.model = {str(folder)!r} holds no config.json: not a Hugging Face directory.")
-    except ValueError as error:
-        facts.problems.append(f"{folder / 'config.json'} is not readable as JSON: {error}")
-    _read_tokenizer(facts, folder, boundary_token)
+    except UserError as error:
+        facts.problems += error.problems
+    try:
+        _read_tokenizer(facts, folder, boundary_token)
+    except UserError as error:
+        facts.problems += error.problems
 
 
 def _read_tokenizer(facts: SourceFacts, folder: Path, boundary_token: str) -> None:
-    """The tokenizer's vocabulary and boundary token, from its files."""
+    """The tokenizer's vocabulary and boundary token, from its files. Raises UserError where one cannot be read."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         if not (folder / "tokenizer.model").is_file():
@@ -123,39 +124,18 @@ def _read_tokenizer(facts: SourceFacts, folder: Path, boundary_token: str) -> No
 
 
 def token_ids(file: Path) -> dict[str, int]:
-    """Token -> id of a tokenizer.json, added tokens included."""
-    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    """Token -> id of a tokenizer.json, added tokens included. Raises UserError where it is none."""
+    tokenizer = read_mapping(file)
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
     # A unigram model lists [piece, score] pairs by id; the others map piece -> id.
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {pair[0]: i for i, pair in enumerate(vocabulary)}
     return ids | {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
 
 
-def weight_problems(folder: Path, key: str = "source.model") -> list[str]:
-    """What is wrong with the weight files of a model directory that the recipe names under `key`."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        return [
-            f"{key} = {str(folder)!r} lacks {len(missing)} of {len(shards)} weight files that its index names "
-            f"({', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}); download them again."
-        ] * bool(missing)
-    if (folder / "model.safetensors").is_file():
-        return []
-    if any((folder / name).is_file() for name in _OLD_WEIGHTS):
-        return [
-            f"{key} = {str(folder)!r} holds its weights as pickles (.bin) only, which can run code when read "
-            "and are never loaded here; convert them to safetensors (model.save_pretrained writes these) and name that "
-            "directory."
-        ]
-    return [f"{key} = {str(folder)!r} holds no model.safetensors and no index of several: no weights."]
-
-
 def _special_token(folder: Path, name: str) -> str | None:
     for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         if file.is_file():
-            value = json.loads(file.read_text(encoding="utf-8")).get(name)
+            value = read_mapping(file).get(name)
             if value is not None:
                 return str(value["content"]) if isinstance(value, dict) else str(value)
     return None

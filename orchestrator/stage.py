@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.console import Console, format_duration
+from orchestrator.named_files import named_contents
 from orchestrator.recipe import Recipe
 from orchestrator.workspace import Mark, Workspace, fingerprint
 from shearing.data.manifest import Manifest, load_manifest
@@ -77,9 +78,14 @@ class Stage:
         return {key: value for key, value in flat_keys(recipe) if _under(key, self.keys) and not is_free(key)}
 
     def rests_on(self, context: Context) -> dict[str, dict[str, Any]]:
-        """All that goes in: recipe keys, and fingerprints of earlier stages."""
+        """All that goes in: recipe keys, the text of files that they name, and fingerprints of earlier stages."""
         earlier = {name: context.fingerprints[name] for name in self.after if name in context.fingerprints}
-        return {"recipe": self.recipe_inputs(context.recipe), "stages": earlier}
+        return self.given(context.recipe) | {"stages": earlier}
+
+    def given(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
+        """What goes in besides earlier stages; `files` only where the recipe names any."""
+        files = {key: text for key, text in named_contents(recipe).items() if _under(key, self.keys)}
+        return {"recipe": self.recipe_inputs(recipe)} | ({"files": files} if files else {})
 
 
 def flat_keys(recipe: Recipe) -> Iterator[tuple[str, Any]]:
@@ -103,7 +109,7 @@ def is_free(key: str) -> bool:
 def changed_inputs(mark: Mark, rests_on: dict[str, dict[str, Any]]) -> list[str]:
     """What differs between a mark and what a stage rests on now, a line each: `key: old -> new`."""
     lines = []
-    for kind, label in (("recipe", ""), ("stages", "outputs of stage ")):
+    for kind, label in (("recipe", ""), ("files", "content of "), ("stages", "outputs of stage ")):
         old, new = mark.rests_on.get(kind, {}), rests_on.get(kind, {})
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
@@ -155,7 +161,7 @@ def recipe_conflicts(stages: list[Stage], recipe: Recipe, workspace: Workspace) 
     for stage in stages:
         mark = workspace.mark(stage.name) if stage.resumes else None
         if mark is not None:
-            now = {"recipe": stage.recipe_inputs(recipe), "stages": mark.rests_on.get("stages", {})}
+            now = stage.given(recipe) | {"stages": mark.rests_on.get("stages", {})}
             changes = changed_inputs(mark, now)
             if changes:  # later stages rest on the same keys and more: the first says enough
                 return [other_inputs(stage, workspace, changes)]

@@ -5,11 +5,13 @@ Importing this loads neither torch nor Ray: a body imports what it needs when it
 
 from typing import Any
 
+from orchestrator.named_files import model_contents
 from orchestrator.recipe import Recipe
 from orchestrator.source_model import result_parameters
 from orchestrator.stage import Context, Stage
 from orchestrator.workspace import fingerprint
 from shearing.data.manifest import MANIFEST_NAME
+from shearing.errors import UserError
 from shearing.storage import open_store
 
 _BASE = ("seed", "corpus", "source", "engine.dtype", "evaluation")
@@ -41,16 +43,13 @@ def _corpus_is_whole(_context: Context, outputs: dict[str, Any]) -> bool:
 
 
 def _source(context: Context) -> dict[str, Any]:
-    """The source model: the directory that the recipe names, known by its files' sizes and its config, or trained."""
+    """The source model: the directory that the recipe names, known by its files, or trained."""
     named = context.recipe.source.model
     if named is not None:
         context.console.note(f"named by the recipe: {named}")
         store = open_store(named)
-        sizes = {name: store.size(name) for name in store.list() if name.endswith((".safetensors", ".json"))}
-        return {
-            "model": store.uri,
-            "fingerprint": fingerprint({"sizes": sizes, "config": store.read_json("config.json")}),
-        }
+        files = model_contents(store)
+        return {"model": store.uri, "files": files, "fingerprint": fingerprint(files)}
     from orchestrator.training_stages import run_source
 
     return run_source(context)
@@ -180,8 +179,19 @@ def _holds(file: str) -> Any:
     return lambda context, _outputs: context.workspace.store.exists(file)
 
 
-def _source_is_whole(_context: Context, outputs: dict[str, Any]) -> bool:
-    return open_store(outputs["model"]).exists("config.json")
+def _source_is_whole(context: Context, outputs: dict[str, Any]) -> bool:
+    """Raises UserError where a named model is not the one that the run began with."""
+    store, before = open_store(outputs["model"]), outputs.get("files")  # none where the run trained it
+    if before is None:
+        return store.exists("config.json")
+    now = model_contents(store)
+    if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+        raise UserError(
+            f"source.model = {context.recipe.source.model!r} is not what it was when this run began: "
+            f"{', '.join(changed)} changed, came or went. Put the model back, or give this run its own folder with "
+            "workspace=..."
+        )
+    return True
 
 
 SIZE_KEYS = ("fraction", "hidden_size", "schedule", "head", "rotation")  # of slicing: what the result's size rests on

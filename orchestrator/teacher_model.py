@@ -1,10 +1,10 @@
 """What is known of the teacher of a recipe's distillation, read without torch or transformers."""
 
-import json
 from pathlib import Path
 
+from orchestrator.model_files import read_mapping, weight_problems
 from orchestrator.recipe import Recipe
-from orchestrator.source_model import SourceFacts, token_ids, weight_problems
+from orchestrator.source_model import SourceFacts, token_ids
 from shearing.errors import UserError
 from shearing.models.family import shape_of, vocabulary_of
 from shearing.models.parameters import count_parameters
@@ -24,7 +24,10 @@ def teacher_problems(recipe: Recipe, source: SourceFacts) -> list[str]:
             f"{Path.cwd()}). Name one, or set {KEY}=null for the source model."
         ]
     problems = weight_problems(folder, KEY)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = read_mapping(folder / "config.json")
+    except UserError as error:
+        return problems + error.problems
     teachers, students = vocabulary_of(config), vocabulary_of(source.config) if source.config else None
     if students is not None and teachers != students:
         problems.append(
@@ -32,7 +35,7 @@ def teacher_problems(recipe: Recipe, source: SourceFacts) -> list[str]:
             f"one, since distributions over tokens are compared. Set {KEY} to a model with the source's tokenizer, or "
             "to null."
         )
-    elif recipe.source.model is not None:
+    elif recipe.source.model is not None and source.tokenizer_vocabulary is not None:
         problems += _tokenizer_problems(folder, Path(recipe.source.model).expanduser())
     positions = config.get("max_position_embeddings")
     if positions is not None and recipe.corpus.sequence_tokens > positions:
@@ -53,8 +56,8 @@ def teacher_parameters(recipe: Recipe, source: SourceFacts) -> int:
         return count_parameters(source.config, source.shape) if known else 0
     folder = Path(distillation.teacher).expanduser()
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # among the problems
+        config = read_mapping(folder / "config.json")
+    except (OSError, UserError):  # among the problems
         return 0
     try:
         return count_parameters(config, shape_of(config))
@@ -67,7 +70,10 @@ def _tokenizer_problems(teacher: Path, source: Path) -> list[str]:
     files = [folder / "tokenizer.json" for folder in (teacher, source)]
     if not all(file.is_file() for file in files):
         return []
-    teachers, students = map(token_ids, files)
+    try:
+        teachers, students = map(token_ids, files)
+    except UserError as error:
+        return error.problems
     other = [token for token, number in students.items() if teachers.get(token) != number]
     if not other:
         return []

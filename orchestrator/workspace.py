@@ -1,11 +1,12 @@
 """The folder of one run: its layout, the marks of its stages, and the lock that keeps a second driver out.
 
 recipe.yaml                 the recipe as resolved
-versions.json               what was installed
-stages/<stage>.json         mark: begun or finished, what it rests on, what it put out
+stages.json                 names of the stages that the run goes through, in order
+stages/<stage>.json         mark: begun or finished, what it rests on, what was installed, what it put out
 metrics/<phase>.jsonl       mixture/<phase>/NNNNNN.json       checkpoints/<phase>/
 source/  pruned/  scratch/  model/                            Hugging Face directories
 report/index.html  report/report.json  report/report.md
+measures/tasks/<model>.json                                   of a comparison: kept as they are made
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import importlib.metadata
 import json
 import platform
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import Field
@@ -30,8 +32,9 @@ RECORDED_PACKAGES = (
 class Mark(Config):
     """What is known of one stage of a run. Times are Unix seconds.
 
-    `rests_on` holds what went into the stage: `recipe` (key path -> value) and `stages` (earlier stage ->
-    fingerprint); `inputs` is its fingerprint. A stage that has begun and not finished has no `finished`.
+    `rests_on` holds what went into the stage: `recipe` (key path -> value), `stages` (earlier stage -> fingerprint)
+    and, where the recipe names files that are read whole, `files` (key path -> digest); `inputs` is its fingerprint. A
+    stage that has begun and not finished has no `finished`. `versions` is of what was installed when it last began.
     """
 
     stage: str
@@ -40,6 +43,7 @@ class Mark(Config):
     started: float
     finished: float | None = None
     seconds: float | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
     outputs: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -67,7 +71,8 @@ class Workspace:
 
     def begin(self, stage: str, rests_on: dict[str, dict[str, Any]]) -> Mark:
         """Write that a stage begins; a stage begun earlier on the same inputs keeps its first start."""
-        mark = Mark(stage=stage, inputs=fingerprint(rests_on), rests_on=rests_on, started=time.time())
+        inputs, now_s = fingerprint(rests_on), time.time()
+        mark = Mark(stage=stage, inputs=inputs, rests_on=rests_on, started=now_s, versions=versions())
         earlier = self.mark(stage)
         if earlier is not None and earlier.inputs == mark.inputs:
             mark = mark.model_copy(update={"started": earlier.started, "seconds": earlier.seconds})
@@ -91,10 +96,10 @@ class Workspace:
         names = [name.removesuffix(".json") for name in self.store.list("stages") if name.endswith(".json")]
         return {name: mark for name in names if (mark := self.mark(name)) is not None}
 
-    def record(self, recipe: Recipe) -> None:
-        """Write the resolved recipe and the versions that run it."""
+    def record(self, recipe: Recipe, stages: Iterable[str]) -> None:
+        """Write the resolved recipe and the names of the stages that it goes through."""
         self.store.write_bytes("recipe.yaml", dump_recipe(recipe).encode())
-        self.store.write_json("versions.json", versions())
+        self.store.write_json("stages.json", list(stages))
 
     def _write(self, mark: Mark) -> None:
         self.store.write_json(f"stages/{mark.stage}.json", mark.model_dump(mode="json"))

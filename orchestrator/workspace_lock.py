@@ -1,13 +1,15 @@
 """One driver at a time in a workspace."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -19,6 +21,9 @@ LOCK_NAME = "driver.lock"
 STAMP_NAME = "driver.json"
 STAMP_EVERY_S = 30.0
 STAMP_DEAD_AFTER_S = 150.0
+STAMP_POLL_S = 2.0
+
+Say = Callable[[str], None]
 
 
 def _self() -> dict[str, Any]:
@@ -26,16 +31,16 @@ def _self() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def lock_workspace(store: Store) -> Iterator[None]:
-    """Hold a workspace for this driver.
+def lock_workspace(store: Store, say: Say) -> Iterator[None]:
+    """Hold a workspace for this driver; `say` is told of waiting, and of another driver that took it over.
 
     Local folders: a lock of the operating system, which ends with its process however that dies.
     Elsewhere: a stamp renewed every 30 s, the best an object store allows; two drivers that start within the same
-    moment can both pass.
+    moment can both pass. Another machine's stamp is waited for: renewed, its driver lives; 150 s old, it is dead.
 
     Raises UserError where another driver holds it.
     """
-    with _file_lock(store) if store.is_local else _stamp(store):
+    with _file_lock(store) if store.is_local else _stamp(store, say):
         yield
 
 
@@ -75,10 +80,16 @@ def _file_lock(store: Store) -> Iterator[None]:
     with open(store.locate(LOCK_NAME), "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             text = file.read()
             raise _refuse(store, json.loads(text) if text else {}) from None
+        except OSError as error:
+            name = errno.errorcode.get(error.errno or 0)
+            raise UserError(
+                f"the folder {store.path} cannot be locked ({name}: {error.strerror}): its file system knows no flock, "
+                "so a second driver could not be kept out. Set workspace to a folder on one that does, or to a URI."
+            ) from None
         file.seek(0)
         file.truncate()
         file.write(json.dumps(_self()))
@@ -87,19 +98,22 @@ def _file_lock(store: Store) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stamp(store: Store) -> Iterator[None]:
-    if store.exists(STAMP_NAME):
-        holder = store.read_json(STAMP_NAME)
-        if _is_alive(holder):
-            raise _refuse(store, holder)
-    done = threading.Event()
+def _stamp(store: Store, say: Say) -> Iterator[None]:
+    _wait_for_stamp(store, say)
+    done, own = threading.Event(), {"driver": uuid.uuid4().hex}
+
+    def is_own() -> bool:
+        return not store.exists(STAMP_NAME) or store.read_json(STAMP_NAME).get("driver") == own["driver"]
 
     def renew() -> None:
         while not done.wait(STAMP_EVERY_S):
-            with contextlib.suppress(OSError):  # a storage that fails for good stops the run elsewhere
-                store.write_json(STAMP_NAME, _self())
+            with contextlib.suppress(OSError, ValueError):  # a storage that fails for good stops the run elsewhere
+                if not is_own():
+                    say(f"another driver took {store.uri} over while this one was not heard of; stop one of the two")
+                    return
+                store.write_json(STAMP_NAME, _self() | own)
 
-    store.write_json(STAMP_NAME, _self())
+    store.write_json(STAMP_NAME, _self() | own)
     thread = threading.Thread(target=renew, name="workspace-stamp", daemon=True)
     thread.start()
     try:
@@ -107,11 +121,42 @@ def _stamp(store: Store) -> Iterator[None]:
     finally:
         done.set()
         thread.join(timeout=5)
-        with contextlib.suppress(OSError):
-            store.delete(STAMP_NAME)
+        with contextlib.suppress(OSError, ValueError):
+            if is_own():
+                store.delete(STAMP_NAME)
+
+
+def _wait_for_stamp(store: Store, say: Say) -> None:
+    """Come back once no driver lives behind the stamp that is there. Raises UserError where one does."""
+    first = _read_stamp(store)
+    if first is None or not _is_alive(first):
+        return
+    if first["host"] == socket.gethostname():  # whose process was looked for, and found
+        raise _refuse(store, first)
+    age_s = max(0.0, time.time() - first["time"])  # by two machines' clocks
+    say(
+        f"process {first['pid']} on {first['host']} held {store.uri} {age_s:.0f} s ago; waiting for up to "
+        f"{STAMP_DEAD_AFTER_S - age_s:.0f} s to see whether it still lives"
+    )
+    deadline = time.monotonic() + STAMP_DEAD_AFTER_S - age_s
+    while time.monotonic() < deadline:
+        time.sleep(STAMP_POLL_S)
+        now = _read_stamp(store)
+        if now is None:
+            return
+        if now != first:
+            raise _refuse(store, now)
+
+
+def _read_stamp(store: Store) -> dict[str, Any] | None:
+    try:
+        return dict(store.read_json(STAMP_NAME))
+    except FileNotFoundError:
+        return None
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
+    """Whether a stamp is fresh, and its process there as long as its host can be looked into from here."""
     if time.time() - holder["time"] > STAMP_DEAD_AFTER_S:
         return False
-    return holder["host"] != socket.gethostname() or psutil.pid_exists(holder["pid"])
+    return holder["host"] != socket.gethostname() or _began_before(holder["pid"], holder["time"])

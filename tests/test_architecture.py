@@ -21,6 +21,7 @@ LIGHT = (
     "orchestrator/teacher_model.py", "orchestrator/settings_in_words.py", "orchestrator/sliced_model.py",
     "shearing/pruning/slicing/config.py", "shearing/pruning/slicing/plan.py",
     "orchestrator/console.py", "orchestrator/workspace.py", "orchestrator/source_model.py",
+    "orchestrator/named_files.py", "orchestrator/model_files.py",
     "shearing/config.py", "shearing/errors.py", "shearing/storage.py", "shearing/models/shape.py",
     "shearing/models/families.py", "shearing/models/family.py", "shearing/models/parameters.py",
     "shearing/pruning/target.py", "shearing/data/manifest.py", "shearing/data/mixture.py",

@@ -24,7 +24,7 @@ needs_sample = pytest.mark.skipif(
     reason="the sample in RedPajama's layout and the small golden model are not here",
 )
 LAYOUT = [
-    "recipe.yaml", "versions.json", "metrics/pruning.jsonl", "metrics/recovery.jsonl", "mixture/pruning/000000.json",
+    "recipe.yaml", "stages.json", "metrics/pruning.jsonl", "metrics/recovery.jsonl", "mixture/pruning/000000.json",
     "mixture/recovery/000000.json", "pruned/config.json", "pruned/model.safetensors", "model/config.json",
     "model/model.safetensors", "model/tokenizer.json", "model/generation_config.json", "report/index.html",
     "report/report.json", "report/report.md",

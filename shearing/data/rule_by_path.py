@@ -43,7 +43,7 @@ def import_rule(path: str) -> Callable[..., Any]:
 def rule_problem(path: str) -> str | None:
     """What is wrong with a rule's path as far as it shows without running the user's code; None if nothing does."""
     module_name, _, function_name = path.partition(":")
-    spec = _find_module(module_name.split("."))
+    spec = find_module(module_name)
     if spec is None:
         return (
             f"mixture.rule = {path}: there is no module {module_name} (looked from {os.getcwd()} and among what is "
@@ -62,8 +62,9 @@ def rule_problem(path: str) -> str | None:
     return f"mixture.rule = {path}: {source} has no {function_name}; it defines: {defined}. Name a function of it."
 
 
-def _find_module(parts: list[str]) -> ModuleSpec | None:
-    """Its spec. Parents are looked into and not imported, since importing them would run them."""
+def find_module(name: str) -> ModuleSpec | None:
+    """A module's spec. Its parents are looked into and not imported, since importing them would run them."""
+    parts = name.split(".")
     try:
         spec = importlib.util.find_spec(parts[0]) or PathFinder.find_spec(parts[0], [os.getcwd()])
     except ValueError:  # a module without a spec, such as __main__

@@ -4,6 +4,8 @@ from pydantic import Field
 
 from shearing.config import Config
 
+MOST_DEFAULT_TOKENS = 2048  # the window of the published figures
+
 
 class TasksConfig(Config):
     """Tasks of the LM evaluation harness."""
@@ -29,3 +31,19 @@ class TextConfig(Config):
         None, ge=1, description="From the beginning of a window to the next one's; default side by side"
     )
     bos: bool = Field(False, description="Whether the model's begin-of-text token opens each window")
+
+    def sizes(self, positions: int | None) -> tuple[int, int]:
+        """Window and stride in tokens for a model of so many positions; None where they are not bounded."""
+        window = self.window_tokens or min(positions or MOST_DEFAULT_TOKENS, MOST_DEFAULT_TOKENS)
+        return window, self.stride_tokens or window - self.bos
+
+    def size_problems(self, positions: int | None, model: str) -> list[str]:
+        """Why these windows cannot be cut for a model; an empty list where they can."""
+        window, stride = self.sizes(positions)
+        problems, text_tokens = [], window - self.bos
+        if positions is not None and window > positions:
+            problems.append(f"window = {window} tokens; {model} has {positions} positions. Give {positions} at most.")
+        if stride > text_tokens:
+            holds = f"a window of {window} holds {text_tokens} tokens of text"
+            problems.append(f"stride = {stride} tokens would leave tokens out: {holds}. Give 1 to {text_tokens}.")
+        return problems

@@ -18,8 +18,6 @@ from shearing.evaluation.inference import Inference
 from shearing.evaluation.losses import evaluation_mode, loss_sum, perplexity
 from shearing.storage import open_store
 
-MOST_DEFAULT_TOKENS = 2048  # the window of the published figures
-
 
 @dataclass(frozen=True)
 class Windows:
@@ -64,20 +62,13 @@ def plan_windows(config: TextConfig, model_dir: str, inference: Inference) -> Wi
     except UserError as error:
         begin, problems = None, error.problems
     positions = folder.read_json("config.json").get("max_position_embeddings")
-    window = config.window_tokens or min(positions or MOST_DEFAULT_TOKENS, MOST_DEFAULT_TOKENS)
-    if positions is not None and window > positions:
-        problems.append(f"window = {window} tokens; {model_dir} has {positions} positions. Give {positions} at most.")
-    text_tokens = window - config.bos
-    stride = config.stride_tokens or text_tokens
-    if stride > text_tokens:
-        holds = f"a window of {window} holds {text_tokens} tokens of text"
-        problems.append(f"stride = {stride} tokens would leave tokens out: {holds}. Give 1 to {text_tokens}.")
+    problems += config.size_problems(positions, model_dir)
     where = open_store(config.file)
     if not where.filesystem.get_file_info(where.path).is_file:
         problems.append(f"{config.file} is no file; name the text to score")
     if problems:
         raise UserError(problems)
-    return Windows(window, stride, begin if config.bos else None)
+    return Windows(*config.sizes(positions), begin if config.bos else None)
 
 
 def window_losses(

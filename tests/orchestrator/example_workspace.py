@@ -26,7 +26,7 @@ def write_example(path, leave_out=(), draw=None):
     corpus = open_store(str(path / "corpus"))
     corpus.write_json("manifest.json", manifest(draw))
     store.write_bytes("recipe.yaml", yaml.safe_dump(recipe(str(path)), sort_keys=False).encode())
-    store.write_json("versions.json", {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0+cpu"})
+    store.write_json("stages.json", [*SECONDS, "report"])
     clock = START
     for stage, seconds in SECONDS.items():
         if stage in leave_out:
@@ -35,6 +35,7 @@ def write_example(path, leave_out=(), draw=None):
             write_phase(store, stage, clock, draw)
         mark = {"stage": stage, "inputs": f"{hash(stage) & 0xFFFFFFFF:08x}", "started": clock}
         mark |= {"finished": clock + seconds, "seconds": seconds, "outputs": outputs(stage, corpus, draw, leave_out)}
+        mark["versions"] = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0+cpu"}
         store.write_json(f"stages/{stage}.json", mark)
         clock += seconds
     return store
@@ -132,9 +133,7 @@ def write_phase(store, phase, clock, draw):
             row |= {"lagrangian": 0.01, "gate_gradient_norm": 0.2, "sparsity": sparsity(f, draw)}
         rows.append(row)
         if phase == "recovery" and step == 150:
-            rows.append(
-                {"kind": "event", "step": 120, "time": clock, "event": "restarted", "text": "worker 0 was lost"}
-            )
+            rows.append({"kind": "event", "step": 120, "time": clock, "event": "resumed", "text": "worker 0 was lost"})
         if step % every == 0:
             held_out = {d: losses(d, f) + float(draw.normal(0, 0.015)) for d in DOMAINS}
             if phase != "source":

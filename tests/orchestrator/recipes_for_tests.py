@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_loading import load_recipe
 
@@ -46,7 +49,11 @@ def write_model(folder: Path, tokens: int = 320, **config: object) -> None:
         json.dumps({"model": {"type": "BPE", "vocab": vocabulary}, "added_tokens": added})
     )
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
-    (folder / "model.safetensors").write_bytes(b"")
+    write_weights(folder / "model.safetensors")
+
+
+def write_weights(file: Path, **tensors: np.ndarray) -> None:
+    save_file(tensors, file)
 
 
 def write_text(folder: Path, kilobytes: int = 400) -> None:

@@ -124,6 +124,14 @@ def _opt_target(recipe):
     [
         (["pruning.target={sparsity: 0.5}"], "pruning.target gives no sizes"),
         (["comparison.text={file: /nowhere.txt}"], "comparison.text.file = '/nowhere.txt' is no file"),
+        (
+            [f"comparison.text={{file: {__file__}, window_tokens: 513}}"],
+            "comparison.text: window = 513 tokens; the sou",
+        ),
+        (
+            [f"comparison.text={{file: {__file__}, window_tokens: 64, stride_tokens: 64, bos: true}}"],
+            "comparison.text: stride = 64 tokens would leave tokens out: a window of 64 holds 63",
+        ),
         (["recovery.lora={rank: 2}", "comparison.methods=[sparsegpt_2_4]"], "method sparsegpt_2_4: recovery.lora"),
         (["slicing.calibration.sequences=4", "pruning.target.num_heads=5"], "num_heads = 5"),
     ],

@@ -3,9 +3,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import yaml
-from recipes_for_tests import tiny_recipe, write_model, write_recipe
+from recipes_for_tests import tiny_recipe, write_model, write_recipe, write_weights
 
 from orchestrator.preflight import preflight
 from orchestrator.stage import Context
@@ -66,7 +67,7 @@ BAD = [
     (["pruning.keep.layers=[0]", "pruning.drop.layers=[-4]"], "both name layers 0"),
     (["pruning.drop.layers=[1, 2]"], "forces 2 layers to go, but the target keeps 3 of 4"),
     (["pruning.target.sparsity=0.5"], "pruning.target has sparsity and num_layers, hidden_size"),
-    (["pruning.target={parameters: 9000000}"], "pruning.target.parameters = 9,000,000; the source has"),
+    (["pruning.target={parameters: 9000000}"], "pruning.target.parameters = 9,000,000 asks for 9,000,000 of the"),
     (["pruning.target={sparsity: 0.5}", "pruning.method=random"], "which only gates can spread over groups"),
     (["pruning.target={sparsity: 0.5}", "pruning.gates.groups=[head, layer]"], "'layer', which has no part in an"),
     (["pruning.gates.groups=[layer, hidden, head, intermediate, mlp_layer]"], "has 'mlp_layer', which a source"),
@@ -157,6 +158,63 @@ def test_a_source_directory_that_cannot_be_used_is_refused(tmp_path, spoil, expe
     recipe = tiny_recipe(tmp_path)
     spoil(tmp_path / "model")
     assert any(expected in problem for problem in preflight(recipe))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134105712\n"
+
+
+def _cut(folder, kept_bytes):
+    write_weights(folder / "model.safetensors", a=np.zeros((8, 8), np.float32))
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:kept_bytes])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "file", "expected"),
+    [
+        (lambda folder: _cut(folder, -1), "model.safetensors", "bytes, where its header says"),
+        (lambda folder: _cut(folder, 20), "model.safetensors", "is no whole safetensors file"),
+        (lambda folder: _cut(folder, 0), "model.safetensors", "(0 bytes) is no whole safetensors file"),
+        *[
+            (lambda folder, name=name: (folder / name).write_text(POINTER), name, "run `git lfs pull` there")
+            for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json")
+        ],
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text(POINTER),
+            "model.safetensors.index.json",
+            "run `git lfs pull` there",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+            "model.safetensors.index.json",
+            "has no weight_map",
+        ),
+        (lambda folder: (folder / "tokenizer.json").write_text("[]"), "tokenizer.json", "holds no JSON mapping"),
+    ],
+)
+@pytest.mark.parametrize("model", ["model", "teacher"])
+def test_a_file_that_is_not_whole_is_named(tmp_path, model, spoil, file, expected):
+    """A clone without its large files, or a download that broke off: found out hours later, or by a traceback."""
+    write_model(tmp_path / "teacher")
+    recipe = tiny_recipe(tmp_path, f"recovery.distillation={{teacher: {tmp_path}/teacher}}")
+    assert preflight(recipe) == []
+    spoil(tmp_path / model)
+    found = preflight(recipe)
+    if (model, file) == ("teacher", "tokenizer_config.json"):  # of a teacher the ids alone are compared
+        assert found == []
+        return
+    (problem,) = [problem for problem in found if problem.startswith(str(tmp_path / model / file))]
+    assert expected in problem
+
+
+def test_whole_weights_are_whole(tmp_path):
+    """Another reading of the format than the library's own, in one file and in several."""
+    recipe, folder = tiny_recipe(tmp_path), tmp_path / "model"
+    write_weights(folder / "model.safetensors", a=np.zeros((3, 5), np.float16), b=np.zeros(0, np.float32))
+    assert preflight(recipe) == []
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert preflight(recipe) == []
 
 
 def test_source_and_train_exclude_each_other(problems):

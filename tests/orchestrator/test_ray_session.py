@@ -4,6 +4,7 @@ import sys
 import pytest
 from recipes_for_tests import tiny_recipe
 
+from orchestrator import ray_session
 from orchestrator.ray_session import cluster_problems, logical_cpus
 
 STARTED = """
@@ -117,3 +118,17 @@ def test_a_session_joins_the_cluster_that_the_environment_names(tmp_path, recipe
     )  # fmt: skip
     assert "engine.workers = 8 with engine.cpus_per_worker = 0.5 need 4 CPUs; the cluster has 3." in done.stdout, done
     assert "Traceback" not in done.stdout
+
+
+def test_only_rays_own_folder_is_rays(tmp_path, monkeypatch):
+    """A user whose name begins as Ray's does, told that the workspace will be removed."""
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/scratch")
+
+    def warned(folder):
+        recipe = tiny_recipe(tmp_path, f"workspace={folder}", f"corpus.path={folder}")
+        return ray_session._folder_warnings(recipe, is_embedded=False, nodes=1)
+
+    assert warned("/scratch/raymond/run") == []
+    inside = warned("/scratch/ray/session_1/run")
+    assert len(inside) == 2
+    assert "which Ray removes in time; give an absolute path" in inside[0]

@@ -180,14 +180,37 @@ def test_a_run_that_stopped_midway_still_has_a_report(tmp_path, ran):
     assert Reader(html).open == []
 
 
-def test_scratch_and_source_training_are_optional(tmp_path):
-    """A missing stage reported where the recipe never asked for it."""
-    store = write_example(tmp_path, leave_out=("scratch", "source"))
-    text = store.read_bytes("recipe.yaml").decode()
-    text = re.sub(r"^scratch: \{\}\n", "", text, flags=re.MULTILINE)
-    text = re.sub(r"^source:.*?(?=^references)", "source:\n  model: somewhere\n", text, flags=re.MULTILINE | re.DOTALL)
-    store.write_bytes("recipe.yaml", text.encode())
-    assert build_report(store)["verdict"]["level"] == "good"
+@pytest.mark.parametrize(
+    "left_out", [("scratch",), ("scores",), ("scores", "recovery"), ("scores", "pruning", "extraction", "scratch")]
+)
+def test_stages_that_a_run_does_without_are_not_missed(tmp_path, left_out):
+    """ "The run is not complete" on every page that a comparison links to: its methods' runs score nothing."""
+    store = write_example(tmp_path, leave_out=left_out)
+    assert build_report(store)["verdict"]["level"] == "open"
+    store.write_json("stages.json", [name for name in [*STAGES, "report"] if name not in left_out])
+    report = build_report(store)
+    assert report["verdict"]["level"] != "open"
+    assert "scores has not run" not in store.read_bytes("report/report.md").decode()
+    assert [stage["stage"] for stage in report["stages"]] == [name for name in STAGES if name not in left_out]
+
+
+def test_versions_are_those_of_each_stage(tmp_path):
+    """A report that claims for the whole run what was installed at its last start."""
+    store = write_example(tmp_path)
+    change(store, "stages/recovery.json", lambda mark: mark["versions"].update(torch="2.14.0"))
+    versions = build_report(store)["versions"]
+    before = "corpus, source, references, pruning, extraction, scratch, scores"
+    assert versions["torch"] == f"2.13.0+cpu ({before}), 2.14.0 (recovery)"
+    assert versions["ray"] == "2.60.0"
+
+
+def test_sparsifying_is_a_stage(tmp_path):
+    """A list of the report's own, which lacks a stage that ran."""
+    store = write_example(tmp_path, leave_out=("pruning", "extraction", "scratch"))
+    store.write_json("stages.json", ["corpus", "source", "references", "sparsifying", "recovery", "scores", "report"])
+    assert "sparsifying not finished" in build_report(store)["verdict"]["headline"]
+    store.write_json("stages/sparsifying.json", {"stage": "sparsifying", "finished": 1.0, "seconds": 9.0})
+    assert "sparsifying" in [stage["stage"] for stage in build_report(store)["stages"]]
 
 
 def test_an_empty_workspace_has_a_report(tmp_path):

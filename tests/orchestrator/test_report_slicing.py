@@ -42,6 +42,8 @@ def workspace(tmp_path):
         recipe |= {"pruning": None, "slicing": {"fraction": 0.25}, "scratch": None}
         recipe["recovery"] = recipe["recovery"] if recovered else None
         store.write_bytes("recipe.yaml", yaml.safe_dump(recipe, sort_keys=False).encode())
+        asked = ("corpus", "source", "references", "slicing", *["recovery"] * recovered, "scores", "report")
+        store.write_json("stages.json", asked)
         mark = {"stage": "slicing", "inputs": "0", "started": 1.0, "finished": 2.0, "seconds": 9.0}
         store.write_json("stages/slicing.json", mark | {"outputs": sliced_outputs(**changed)})
         rows = [LAYER | PEAKS | {"step": step} for step in (1, 2, 2, 3, 4, 5, 6)]

@@ -60,6 +60,7 @@ def test_stages_run_in_order_and_see_what_came_before(journal, tmp_path):
     journal.go(recipe)
     assert journal.ran == ["first", "middle", "last"]
     assert open_workspace(recipe).mark("last").outputs["seen"] == ["first", "middle"]
+    assert open_workspace(recipe).store.read_json("stages.json") == ["first", "middle", "last"]
 
 
 def test_finished_stages_are_skipped_and_say_so(journal, tmp_path):

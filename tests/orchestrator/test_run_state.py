@@ -9,7 +9,6 @@ import time
 import pytest
 from example_workspace import DOMAINS, PLAN, SOURCE_LOSS, START, write_example
 
-from orchestrator.comparison_stages import COMPARISON_STAGES
 from orchestrator.run_state import read_state, render_state
 from orchestrator.workspace_lock import lock_workspace
 from shearing.errors import UserError
@@ -94,21 +93,22 @@ def test_a_finished_run_has_nothing_left(tmp_path):
 def test_a_run_before_its_first_phase(tmp_path):
     store = open_store(str(tmp_path))
     store.write_bytes("recipe.yaml", b"name: young\ncorpus: {domains: {a: {}}}\n")
+    store.write_json("stages.json", ["corpus", "source"])
     state = read_state(store, NOW)
     assert state["phase"] is None
     assert {stage["state"] for stage in state["stages"]} == {"to come"}
-    assert "scratch" not in render_state(state), "the recipe does not ask for it"
+    assert "scratch" not in render_state(state), "the run does without it"
 
 
-def test_stages_are_the_recipes_own(tmp_path):
-    """A run that is never finished, since it waits for the stages of another method."""
-    store = open_store(str(tmp_path))
-    store.write_bytes("recipe.yaml", b"name: sliced\nslicing: {fraction: 0.25}\n")
-    names = [stage["stage"] for stage in read_state(store, NOW)["stages"]]
-    assert names == ["corpus", "source", "references", "slicing", "scores", "report"]
-    store.write_json("stages/methods.json", {"stage": "methods"})
-    names = [stage["stage"] for stage in read_state(store, NOW)["stages"]]
-    assert names == [stage.name for stage in COMPARISON_STAGES]
+def test_a_run_of_fewer_stages_comes_to_its_end(tmp_path):
+    """A follower that waits for ever: for the scores of a comparison's method, or for stages of another method."""
+    store = write_example(tmp_path, leave_out=("scratch", "scores"))
+    assert not read_state(store, NOW)["finished"]
+    asked = ["corpus", "source", "references", "pruning", "extraction", "recovery"]
+    store.write_json("stages.json", asked)
+    state = read_state(store, NOW)
+    assert [stage["stage"] for stage in state["stages"]] == asked
+    assert state["finished"]
 
 
 def test_no_run_there(tmp_path):
@@ -120,7 +120,7 @@ def test_the_driver_is_found_alive_and_gone(tmp_path):
     """A lock file outlives its driver, and its number may be somebody else's by then."""
     store = write_example(tmp_path)
     assert read_state(store, NOW)["driver"] == "none"
-    with lock_workspace(store):
+    with lock_workspace(store, [].append):
         assert read_state(store, NOW)["driver"] == f"process {os.getpid()} on {socket.gethostname()}, at work"
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time() - 10**8}
     store.write_bytes("driver.lock", json.dumps(holder).encode())

@@ -1,10 +1,17 @@
+import errno
+import fcntl
+import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from recipes_for_tests import tiny_recipe
 
+from orchestrator import workspace_lock
 from orchestrator.recipe_loading import load_recipe
 from orchestrator.workspace import Workspace, fingerprint, open_workspace, workspace_uri
 from orchestrator.workspace_lock import STAMP_NAME, lock_workspace
@@ -15,7 +22,7 @@ HOLD = """
 import sys
 from orchestrator.workspace_lock import lock_workspace
 from shearing.storage import open_store
-with lock_workspace(open_store(sys.argv[1])):
+with lock_workspace(open_store(sys.argv[1]), print):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -65,9 +72,10 @@ def test_a_fingerprint_knows_values_and_not_the_order_of_keys():
 def test_the_recipe_recorded_is_the_recipe(tmp_path):
     recipe = tiny_recipe(tmp_path)
     workspace = open_workspace(recipe)
-    workspace.record(recipe)
+    workspace.record(recipe, ["corpus", "source"])
     assert load_recipe(workspace.store.locate("recipe.yaml"), []) == recipe
-    assert workspace.store.read_json("versions.json")["ray"][0].isdigit()
+    assert workspace.store.read_json("stages.json") == ["corpus", "source"]
+    assert workspace.begin("corpus", {}).versions["ray"][0].isdigit()
 
 
 def test_a_run_lies_under_runs_unless_told(tmp_path):
@@ -79,11 +87,11 @@ def test_a_second_driver_is_kept_out(workspace):
     """Two drivers in one workspace write one another's checkpoints over."""
     other = hold(workspace.store.path)
     try:
-        with pytest.raises(UserError, match=f"process {other.pid} on "), lock_workspace(workspace.store):
+        with pytest.raises(UserError, match=f"process {other.pid} on "), lock_workspace(workspace.store, [].append):
             pass
     finally:
         other.communicate("")
-    with lock_workspace(workspace.store):
+    with lock_workspace(workspace.store, [].append):
         pass
 
 
@@ -92,15 +100,15 @@ def test_a_killed_driver_leaves_no_lock(workspace):
     other = hold(workspace.store.path)
     other.send_signal(signal.SIGKILL)
     other.wait()
-    with lock_workspace(workspace.store):
+    with lock_workspace(workspace.store, [].append):
         pass
 
 
 def test_a_remote_workspace_holds_a_stamp_while_it_is_in_use():
     store = open_store("memory://bucket/locked")
-    with lock_workspace(store):
+    with lock_workspace(store, [].append):
         assert store.exists(STAMP_NAME)
-        with pytest.raises(UserError, match="another driver is at work"), lock_workspace(store):
+        with pytest.raises(UserError, match="another driver is at work"), lock_workspace(store, [].append):
             pass
     assert not store.exists(STAMP_NAME)
 
@@ -108,5 +116,70 @@ def test_a_remote_workspace_holds_a_stamp_while_it_is_in_use():
 def test_an_old_remote_stamp_is_a_dead_driver():
     store = open_store("memory://bucket/stale")
     store.write_json(STAMP_NAME, {"host": "elsewhere", "pid": 1, "time": 0})
-    with lock_workspace(store):
+    with lock_workspace(store, [].append):
         assert store.read_json(STAMP_NAME)["host"] != "elsewhere"
+
+
+def test_a_file_system_without_locks_is_no_other_driver(workspace, monkeypatch):
+    """Hours spent looking for a second driver, where the folder's file system has no locks at all."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"cannot be locked .ENOLCK: No locks"), lock_workspace(workspace.store, print):
+        pass
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(workspace_lock, "STAMP_DEAD_AFTER_S", 1.5)
+    monkeypatch.setattr(workspace_lock, "STAMP_POLL_S", 0.05)
+    monkeypatch.setattr(workspace_lock, "STAMP_EVERY_S", 0.05)
+
+
+def test_a_driver_started_again_elsewhere_waits_for_the_dead_ones_stamp(hasty):
+    """A restarted pod that ends with status 2 within seconds, and spends the job's retries on that."""
+    store, said = open_store("memory://bucket/restarted"), []
+    began = time.time()
+    store.write_json(STAMP_NAME, {"host": "elsewhere", "pid": 1, "time": began})
+    with lock_workspace(store, said.append):
+        assert time.time() >= began + 1.5 - 0.1
+        assert store.read_json(STAMP_NAME)["pid"] == os.getpid()
+    assert "process 1 on elsewhere held memory://bucket/restarted 0 s ago; waiting" in said[0]
+
+
+def test_a_stamp_that_is_renewed_belongs_to_a_driver_at_work(hasty):
+    store = open_store("memory://bucket/renewed")
+    store.write_json(STAMP_NAME, {"host": "elsewhere", "pid": 1, "time": time.time()})
+    renewed = {"host": "elsewhere", "pid": 1, "time": time.time() + 1}
+    with (
+        pytest.raises(UserError, match="another driver is at work"),
+        lock_workspace(store, lambda _: store.write_json(STAMP_NAME, renewed)),
+    ):
+        pass
+    assert store.read_json(STAMP_NAME) == renewed
+
+
+def test_a_process_number_given_anew_is_another_process():
+    """A container started again under its old name, whose first process has the number of the dead driver."""
+    store = open_store("memory://bucket/reused")
+    before = psutil.Process().create_time() - 1
+    store.write_json(STAMP_NAME, {"host": socket.gethostname(), "pid": os.getpid(), "time": before})
+    with lock_workspace(store, pytest.fail):
+        assert store.read_json(STAMP_NAME)["time"] > before
+
+
+def test_a_stamp_that_was_taken_over_is_left_alone(hasty):
+    """A driver that was frozen for minutes: its stamp written over that of its successor, and removed at its end."""
+    store, said = open_store("memory://bucket/frozen"), []
+    other = {"host": "elsewhere", "pid": 1, "time": time.time(), "driver": "b"}
+    with lock_workspace(store, said.append):
+        while store.read_json(STAMP_NAME) != other:
+            store.write_json(STAMP_NAME, other)  # the renewing thread may just have looked
+            time.sleep(0.2)
+        assert store.read_json(STAMP_NAME) == other
+    assert store.read_json(STAMP_NAME) == other
+    assert said == [
+        "another driver took memory://bucket/frozen over while this one was not heard of; stop one of the two"
+    ]
