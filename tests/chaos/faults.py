@@ -274,7 +274,7 @@ class Schedule:
 
     @staticmethod
     def _fault(dice: random.Random, kind: str, moment: tuple[str, int]) -> Fault:
-        workers = dice.choice(("1", "3", "{min: 1, max: 2}")) if kind == "workers_changed" else None
+        workers = dice.choice(("1", "4", "{min: 1, max: 2}")) if kind == "workers_changed" else None
         by_clock = dice.uniform(0.0, 8.0) if dice.random() < 0.25 else None
         return Fault(kind, *moment, round(dice.uniform(3.0, 9.0), 1), dice.randrange(100), workers, by_clock)
 
