@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from orchestrator.cluster_fit import comparison_demands
 from orchestrator.console import Console, format_duration
 from orchestrator.methods import METHODS, chosen_methods, compared_parameters, method_recipe, on_source
 from orchestrator.ray_session import CPU_FOR_DATA, RaySession, SurroundingSession
@@ -223,4 +224,5 @@ class _Followed:
 
 def comparison_session(recipe: Recipe, verbose: bool, dashboard: bool, on_lost: Callable[[str], None]) -> RaySession:
     """Ray for all methods together: embedded, with CPUs declared for as many runs as go on at once."""
-    return RaySession(recipe, verbose, dashboard, runs_at_once(recipe, None), on_lost)
+    at_once = runs_at_once(recipe, None)
+    return RaySession(recipe, verbose, dashboard, runs_at_once=at_once, demands=comparison_demands, on_lost=on_lost)
