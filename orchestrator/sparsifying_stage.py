@@ -15,6 +15,7 @@ from shearing.models.family import shape_of
 from shearing.models.loading import read_config
 from shearing.models.parameters import count_parameters
 from shearing.pruning.sparsity.layers import LinearRecord
+from shearing.storage import open_store
 from shearing.training.export import with_mean
 
 
@@ -37,6 +38,7 @@ def run_sparsifying(context: Context) -> dict[str, Any]:
         f"{100 * record['achieved_fraction']:.2f} % of {record['weights']:,} weights are 0, {record['pattern']} by "
         f"{record['method']}; mean loss {losses['mean']:.4f} nats a token"
     )
+    open_store(settings.work).delete()  # a stop in the measurement costs no layer
     return {
         "model": destination,
         "losses": losses,
