@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.recipe import Recipe
+from orchestrator.scoring_settings import task_resources
 
 CPU_TO_READ = 1.0  # of one read task, the least with which training does not wait for data for ever
 
@@ -52,6 +53,17 @@ def comparison_demands(recipe: Recipe) -> list[Demand]:
     assert recipe.comparison is not None
     own = recipe.comparison.workers
     return training_demands(recipe) + ([] if own is None else [_workers(recipe, own, "comparison.workers")])
+
+
+def scoring_demands(recipe: Recipe) -> list[Demand]:
+    """A task that holds one model."""
+    resources = task_resources(recipe)
+    return [Demand(1, {"CPU": resources["cpus"]} | ({"GPU": gpus} if (gpus := resources["gpus"]) else {}))]
+
+
+def no_demands(_recipe: Recipe) -> list[Demand]:
+    """Of a job that takes what cores there are: preparing a corpus."""
+    return []
 
 
 def _workers(recipe: Recipe, count: int, key: str) -> Demand:

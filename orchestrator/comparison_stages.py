@@ -4,8 +4,9 @@ from typing import Any
 
 from orchestrator.comparison_run import methods_are_whole, run_methods
 from orchestrator.methods import METHODS as COMPARED
+from orchestrator.scoring_settings import task_resources
 from orchestrator.stage import Context, Stage
-from orchestrator.stages import CORPUS, REFERENCES, SOURCE, score_protocol, source_model, task_resources
+from orchestrator.stages import CORPUS, REFERENCES, SOURCE, score_protocol, source_model
 from shearing.storage import open_store
 
 
@@ -26,7 +27,7 @@ def _measures(context: Context) -> dict[str, Any]:
     from actors.scoring import score_models, score_tasks
 
     models, protocol = compared_models(context), score_protocol(context)
-    comparison, resources = context.recipe.comparison, task_resources(context)
+    comparison, resources = context.recipe.comparison, task_resources(context.recipe)
     assert comparison is not None
     context.console.note(f"{len(models)} models on the same held-out sequences")
     losses = measure_models(models, protocol, comparison.text, **resources)

@@ -67,7 +67,8 @@ class RaySession:
         recipe: What the cluster has to hold.
         verbose: Let Ray's and the workers' own output through.
         dashboard: Serve Ray's dashboard where Ray is embedded (a cluster has its own).
-        runs_at_once: Runs of such a recipe that go on beside each other, for which an embedded Ray declares CPUs.
+        runs_at_once: Runs of such a recipe that go on beside each other, for which an embedded Ray declares CPUs; with
+            none it declares the machine's own.
         demands: What of the recipe the job wants of the cluster at the same time; by default its training.
         on_lost: Told why in a thread of its own where Ray's head is gone; the main thread may wait for Ray for ever.
     """

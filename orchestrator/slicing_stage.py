@@ -14,9 +14,10 @@ from actors.slicing import SlicingSettings, slice_on_cluster
 from orchestrator.calibration_text import calibration_settings
 from orchestrator.console import format_duration
 from orchestrator.plan_text import format_bytes
+from orchestrator.scoring_settings import task_resources
 from orchestrator.sliced_model import kept_sizes, residual_parameters
 from orchestrator.stage import Context
-from orchestrator.stages import score_protocol, source_model, task_resources
+from orchestrator.stages import score_protocol, source_model
 from shearing.models.directories import local_directory, publish_directory
 from shearing.models.family import shape_of
 from shearing.models.loading import read_config
@@ -121,5 +122,5 @@ def _rotated(context: Context) -> dict[str, Any]:
 
 
 def _measured(context: Context, model: str) -> dict[str, Any]:
-    losses = measure_losses(model, score_protocol(context), **task_resources(context))
+    losses = measure_losses(model, score_protocol(context), **task_resources(context.recipe))
     return with_mean({domain: losses[domain] for domain in context.recipe.corpus.domains})

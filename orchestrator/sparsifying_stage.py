@@ -8,8 +8,9 @@ from actors.run_log import RunLog
 from actors.sparsifying import SparsifyingSettings, sparsify_on_cluster
 from orchestrator.calibration_text import calibration_settings
 from orchestrator.console import format_duration
+from orchestrator.scoring_settings import task_resources
 from orchestrator.stage import Context
-from orchestrator.stages import score_protocol, source_model, task_resources
+from orchestrator.stages import score_protocol, source_model
 from shearing.models.directories import local_directory
 from shearing.models.family import shape_of
 from shearing.models.loading import read_config
@@ -31,7 +32,7 @@ def run_sparsifying(context: Context) -> dict[str, Any]:
         calibration=calibration_settings(context, recipe.sparsifying.calibration.sequences),
     )
     record = sparsify_on_cluster(settings, _shown(context), context.console.note)
-    losses = with_mean(measure_losses(destination, score_protocol(context), **task_resources(context)))
+    losses = with_mean(measure_losses(destination, score_protocol(context), **task_resources(context.recipe)))
     config = read_config(local_directory(source))
     parameters = count_parameters(config)
     context.console.note(

@@ -11,8 +11,6 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from shearing.errors import UserError
-
 
 @dataclass(frozen=True)
 class Store:
@@ -97,7 +95,7 @@ class Store:
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem and path that a local path or URI names. Raises UserError for a scheme nobody knows."""
+    """The filesystem and path that a local path or URI names. Raises ValueError for a scheme nobody knows."""
     if len(urlsplit(uri).scheme) < 2:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
@@ -110,7 +108,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         remote, path = url_to_fs(uri)
     except (ValueError, ImportError) as error:
-        raise UserError(f"cannot open {uri!r}: {error}") from None
+        raise ValueError(f"cannot open {uri!r}: {error}") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), path
 
 

@@ -3,7 +3,7 @@
 import pytest
 from recipes_for_tests import tiny_recipe
 
-from orchestrator.cluster_fit import cluster_problems, comparison_demands, training_demands
+from orchestrator.cluster_fit import cluster_problems, comparison_demands, no_demands, scoring_demands, training_demands
 
 
 @pytest.fixture
@@ -68,3 +68,14 @@ def test_a_cluster_that_grows_is_only_warned_about(recipe):
     found = findings(recipe("engine.workers=8"), {"CPU": 1.0}, autoscaling=True)
     assert found.problems == []
     assert len(found.warnings) == 1
+
+
+def test_a_job_asks_for_what_it_takes(recipe):
+    """The paper's recipe could be neither tokenised nor scored off its GPU cluster: sixteen GPUs were missing."""
+    asked = recipe("engine.workers=16", "engine.gpus_per_worker=2", "engine.cpus_per_worker=4")
+    nodes = [{"CPU": 8.0, "GPU": 1.0}]
+    assert len(findings(asked, *nodes).problems) == 2
+    assert findings(asked, *nodes, demands=scoring_demands).problems == []
+    assert findings(asked, {"CPU": 1.0}, demands=no_demands).problems == []
+    (problem,) = findings(asked, {"CPU": 8.0}, demands=scoring_demands).problems
+    assert "1 task with engine.gpus_per_worker = 1 needs 1 GPUs; the cluster has 0" in problem

@@ -72,6 +72,7 @@ def test_a_recipe_with_a_mistake_is_refused(folder):
     """Overrides that are not read, or read without checking."""
     assert "scores.promt_tokens" in refused(run(folder, "model", "recipe.yaml", "scores.promt_tokens=8"))
     assert "no recipe" in refused(run(folder, "model", "recip.yaml"))
+    assert "cannot open 'gopher://host/model'" in refused(run(folder, "gopher://host/model", "recipe.yaml"))
 
 
 def test_two_corpora_are_ambiguous(folder):

@@ -5,7 +5,6 @@ import resource
 import pyarrow.fs as pafs
 import pytest
 
-from shearing.errors import UserError
 from shearing.storage import Store, open_store
 
 
@@ -152,5 +151,5 @@ class TestUri:
 
     def test_unknown_scheme(self):
         # catches a typing error in a scheme that would make a local folder of that name
-        with pytest.raises(UserError, match="cannot open 'gopher://host/x'"):
+        with pytest.raises(ValueError, match="cannot open 'gopher://host/x'"):
             open_store("gopher://host/x")
