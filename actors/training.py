@@ -136,9 +136,11 @@ def _in_thread(work: Callable[[], dict[str, Any]], leave: Callable[[], None]) ->
         except BaseException as error:
             done.set_exception(error)
 
-    threading.Thread(target=run, name="ray-train", daemon=True).start()
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
     try:
-        wait([done])  # Thread.join takes a thread for ended once a signal has cut it short
+        thread.start()
+        while not done.done():  # Thread.join takes a thread for ended once a signal has cut it short
+            wait([done], timeout=POLL_S)  # a task that Ray cancels hears of it between two waits alone
     except KeyboardInterrupt:
         leave()
         wait([done], timeout=LEAVE_WITHIN_S)

@@ -134,22 +134,39 @@ def _drive_all(runs: list[MethodRun], context: Context) -> dict[str, list[str]]:
     task = ray.remote(num_cpus=0, max_retries=DRIVER_RETRIES)(drive)
     waiting, failed = list(runs), {}
     running: dict[Any, _Followed] = {}
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            run = waiting.pop(0)
-            running[task.remote(run, context.session.verbose)] = _Followed(run, context.console)
-        ready, _ = ray.wait(list(running), timeout=POLL_S)
-        for followed in running.values():
-            followed.tell()
-        for reference in ready:
-            followed = running.pop(reference)
-            if problems := _problems_of(reference):
-                failed[followed.run.name] = problems
-                for problem in problems:
-                    context.console.warn(f"{followed.run.name}: {problem}")
-            else:
-                context.console.note(f"{followed.run.name}: done in {format_duration(followed.seconds)}")
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                run = waiting.pop(0)
+                running[task.remote(run, context.session.verbose)] = _Followed(run, context.console)
+            ready, _ = ray.wait(list(running), timeout=POLL_S)
+            for followed in running.values():
+                followed.tell()
+            for reference in ready:
+                followed = running.pop(reference)
+                if problems := _problems_of(reference):
+                    failed[followed.run.name] = problems
+                    for problem in problems:
+                        context.console.warn(f"{followed.run.name}: {problem}")
+                else:
+                    context.console.note(f"{followed.run.name}: done in {format_duration(followed.seconds)}")
+    except KeyboardInterrupt:
+        _let_them_leave(list(running), context.console)
+        raise
     return failed
+
+
+def _let_them_leave(drivers: list[Any], console: Console) -> None:
+    """Stop drivers as Ctrl-C stops a run of its own, so that each has a while to save a checkpoint."""
+    import ray
+
+    from actors.training import LEAVE_WITHIN_S
+
+    if drivers:
+        console.note("every method saves a checkpoint first; ask again to stop at once")
+        for driver in drivers:
+            ray.cancel(driver, recursive=False)  # a KeyboardInterrupt in it; its own actors and tasks it ends itself
+        ray.wait(drivers, num_returns=len(drivers), timeout=LEAVE_WITHIN_S)
 
 
 def _problems_of(reference: Any) -> list[str]:
