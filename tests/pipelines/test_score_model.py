@@ -93,6 +93,8 @@ def test_the_runs_own_corpus_comes_first(folder):
     (folder / "runs/scored/stages").mkdir(parents=True)
     (folder / "runs/scored/stages/corpus.json").write_text(json.dumps(mark))
     assert "tokenizer of 4,000" in refused(run(folder, "model", "recipe.yaml"))
+    # scores on sequences of another length than asked for
+    assert "sequences of 32 tokens" in refused(run(folder, "model", "recipe.yaml", "corpus.sequence_tokens=32"))
 
 
 def test_a_vocabulary_too_small_is_refused(folder):
