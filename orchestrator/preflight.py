@@ -14,7 +14,7 @@ from orchestrator.recipe import Recipe
 from orchestrator.run import stages_of
 from orchestrator.source_model import SourceFacts, inspect_source, result_parameters
 from orchestrator.stage import recipe_conflicts
-from orchestrator.stores import open_named
+from orchestrator.stores import open_named, unreadable
 from orchestrator.teacher_model import teacher_problems
 from orchestrator.workspace import Workspace, workspace_uri
 from shearing.data.references import load_references
@@ -42,8 +42,11 @@ def preflight(recipe: Recipe) -> list[str]:
     folder_problems, workspace = _folder_problems(recipe)
     problems += folder_problems
     if workspace is not None:
-        problems += recipe_conflicts(stages_of(recipe), recipe, workspace)
-        problems += _supply_problems(recipe, supply_of(recipe, workspace, text_bytes, facts))
+        try:
+            problems += recipe_conflicts(stages_of(recipe), recipe, workspace)
+            problems += _supply_problems(recipe, supply_of(recipe, workspace, text_bytes, facts))
+        except OSError as error:  # the corpus' folder is looked into as well
+            problems.append(unreadable("workspace", workspace_uri(recipe), error))
     return problems
 
 

@@ -24,5 +24,5 @@ def unreadable(key: str, uri: str, error: OSError) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
         f"{key} = {uri!r} cannot be read: {reason}. Check the address, the credentials that this process has for it "
-        f"and what they allow, and the network; or set {key} to another folder."
+        f"and what they allow, and the network; or name another one."
     )
