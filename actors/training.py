@@ -20,13 +20,14 @@ import ray
 import ray.train
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from actors.checkpoints import checkpoint_name, newest_checkpoint, settle_checkpoints
 from actors.domain_weights import DomainWeightsClient, start_domain_weights
 from actors.feeder import FeedPlan, RayDataSource, start_feeder
 from actors.metrics import RunMetrics
 from actors.nodes import HELD_WITHIN_S, LEAVING, HeldNodes, count_nodes
+from actors.process_group import NodeTorchConfig
 from actors.run_log import RunLog
 from actors.trackers import TRACKERS
 from actors.wishes import Wishes, resources_per_worker
@@ -178,7 +179,7 @@ def _fit_group(settings: dict[str, Any], checkpoints: Store) -> dict[str, Any]:
         return TorchTrainer(
             worker,
             train_loop_config=settings,
-            torch_config=TorchConfig(backend="nccl" if engine.gpus_per_worker else "gloo"),
+            torch_config=NodeTorchConfig(backend="nccl" if engine.gpus_per_worker else "gloo"),
             scaling_config=scaling(
                 num_workers=(
                     engine.workers if isinstance(engine.workers, int) else (engine.least_workers, engine.most_workers)

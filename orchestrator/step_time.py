@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.hardware import Hardware
 from orchestrator.memory_forecast import DTYPE_BYTES, WorkerMemory, checkpoint_bytes, worker_memory
 from shearing.models.family import shape_of, vocabulary_of
-from shearing.models.flops import training_flops_per_token
+from shearing.models.flops import FROZEN_SHARE, training_flops_per_token
 from shearing.models.parameters import count_parameters
 from shearing.training.config import EngineConfig, TrainingConfig
 
@@ -113,12 +113,12 @@ def step_time(work: Work, engine: EngineConfig, hardware: Hardware, workers: int
 def _pass_flops(work: Work, engine: EngineConfig) -> float:
     """Forward and backward of one micro-batch on one worker.
 
-    The forward pass is a third of training's FLOPs; frozen weights have no gradient of their own, another third.
+    The forward pass, which activation checkpointing makes twice, is a third of training's FLOPs.
     """
     whole = training_flops_per_token(work.config, work.sequence_tokens)
-    share = (2 if work.adapters else 3) + (1 if engine.activation_checkpointing else 0)
+    share = (FROZEN_SHARE if work.adapters else 1) + (1 / 3 if engine.activation_checkpointing else 0)
     teacher = 2 * work.teacher_parameters
-    return engine.micro_batch_sequences * work.sequence_tokens * (whole * share / 3 + teacher)
+    return engine.micro_batch_sequences * work.sequence_tokens * (whole * share + teacher)
 
 
 def _communication(work: Work, engine: EngineConfig, hardware: Hardware, workers: int, micro_batches: int) -> float:

@@ -15,8 +15,9 @@ from orchestrator.stage import Context
 from orchestrator.stages import score_protocol, smaller_folder, source_model
 from orchestrator.time_forecast import step_forecasts
 from shearing.data.manifest import TOKENIZER_FOLDER
+from shearing.data.tokenizing import TOKENIZER_FILES
 from shearing.models.directories import local_directory, publish_directory
-from shearing.models.loading import GENERATION_FILE, TOKENIZER_FILES, write_json
+from shearing.models.loading import GENERATION_FILE, write_json
 from shearing.training.export import ExportConfig, agreement, with_mean
 from shearing.training.phase import PhaseName
 from shearing.training.shrinking import describe_forced

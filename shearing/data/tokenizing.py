@@ -16,7 +16,9 @@ from shearing.storage import Store, open_store
 TOKENIZER_FILE = "tokenizer.json"
 # A longer text is encoded in pieces: one Encoding of a gigabyte of text would take tens of gigabytes.
 _ENCODE_CHARACTERS = 2**20
-_COMPANIONS = (
+# Of a Hugging Face directory, all that its tokenizer may be read from.
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -27,6 +29,7 @@ _COMPANIONS = (
     "sentencepiece.bpe.model",
     "spiece.model",
     "chat_template.jinja",
+    "chat_template.json",
 )
 
 
@@ -91,7 +94,7 @@ def load_corpus_tokenizer(corpus_uri: str, entry: TokenizerEntry, boundary: Lite
 def copy_tokenizer(folder: str, corpus: Store) -> None:
     """Puts the tokenizer's files into the corpus, so that neither it nor what is made of it needs the source again."""
     source = open_store(folder)
-    for name in (TOKENIZER_FILE, *_COMPANIONS):
+    for name in TOKENIZER_FILES:
         if source.exists(name):
             corpus.write_bytes(f"{TOKENIZER_FOLDER}/{name}", source.read_bytes(name))
     if source.exists(TOKENIZER_FILE):

@@ -9,10 +9,11 @@ from shearing.storage import Store
 
 
 def held_out_sequences(corpus: Store, sequences_per_domain: int, split: Split = "eval") -> dict[str, np.ndarray]:
-    """The first sequences of each domain's split, in stored order: domain -> token ids [N, T], int64.
+    """Sequences from all over each domain's split, in stored order: domain -> token ids [N, T], int64.
 
-    Preparation shuffles the sequences of a shard, so the first ones are a sample of it; the same ones are read every
-    time and for every model. A domain that has fewer gives all.
+    A shard is a part of the raw files, in their order, and its sequences are shuffled: of each shard the first ones are
+    taken, as many as its size is of the domain's. The same ones are read every time and for every model. A domain that
+    has fewer gives all.
 
     Raises:
         FileNotFoundError: The corpus is not prepared.
@@ -29,10 +30,8 @@ def held_out_sequences(corpus: Store, sequences_per_domain: int, split: Split = 
             )
         wanted = min(sequences_per_domain, entry.sequences)
         parts: list[np.ndarray] = []
-        for shard in entry.shards:
-            if sum(map(len, parts)) >= wanted:
-                break
-            parts += _first_rows(corpus, shard.path, wanted - sum(map(len, parts)), manifest.sequence_tokens)
+        for shard, count in zip(entry.shards, _spread([s.sequences for s in entry.shards], wanted), strict=True):
+            parts += _first_rows(corpus, shard.path, count, manifest.sequence_tokens) if count else []
         tokens_NT = np.concatenate(parts)
         if len(tokens_NT) < wanted:
             raise UserError(
@@ -40,6 +39,13 @@ def held_out_sequences(corpus: Store, sequences_per_domain: int, split: Split = 
             )
         found[domain] = tokens_NT
     return found
+
+
+def _spread(sizes: list[int], wanted: int) -> list[int]:
+    """How many of each shard's sequences are taken: of all, one after another, the middles of `wanted` equal parts."""
+    middles = (2 * np.arange(wanted) + 1) * sum(sizes) // (2 * wanted)
+    shards = np.searchsorted(np.cumsum(sizes), middles, side="right")
+    return np.bincount(shards, minlength=len(sizes)).tolist()
 
 
 def _first_rows(corpus: Store, shard: str, wanted: int, sequence_tokens: int) -> list[np.ndarray]:

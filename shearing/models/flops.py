@@ -20,6 +20,8 @@ PEAK_BFLOAT16 = {
     r"L4": 121e12,
 }
 
+FROZEN_SHARE = 2 / 3  # of training's FLOPs where the weights stay as they are: no gradient of theirs is formed
+
 
 def training_flops_per_token(config: Any, sequence_tokens: int) -> int:
     """FLOPs of forward and backward for one token: 6 N + 12 L H P T.

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from shearing.data.tokenizing import TOKENIZER_FILES
 from shearing.errors import UserError
 from shearing.models import sliced_modeling, uneven_modeling
 from shearing.models.families import FAMILIES
@@ -27,17 +28,6 @@ MODELING: Mapping[str, tuple[Any, str]] = MappingProxyType(
     {UNEVEN: (uneven_modeling, "modeling_uneven.py"), SLICED: (sliced_modeling, "modeling_sliced.py")}
 )
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

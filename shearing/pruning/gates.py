@@ -190,11 +190,7 @@ class Gates(nn.Module):
 
 def gates_for(model_config: Any, config: PruningConfig, seed: int = 0) -> Gates:
     """The gates of a recipe's pruning section over a source model, from the model's config."""
-    target, options = config.target, config.gates
-    overall = None
-    if target.sparsity is not None:
-        overall = OverallSparsity(model_config, target.sparsity)
-    elif target.parameters is not None:
-        overall = OverallSparsity.of_all(model_config, target.parameters)
+    overall = OverallSparsity.asked(model_config, config.target) if config.target.is_overall else None
+    options = config.gates
     groups = pruning_groups(shape_of(model_config), config)
     return Gates(groups, options.initial_log_alpha, options.initial_log_alpha_std, seed, overall)

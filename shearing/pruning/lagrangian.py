@@ -119,10 +119,6 @@ class Lagrangian(nn.Module):
                 terms.append(constraint(s, targets[name], torch.zeros_like(penalty), penalty))
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
-    def forward(self, expected: Mapping[str, Tensor], step: int) -> Tensor:
-        """The same as `loss`."""
-        return self.loss(expected, step)
-
 
 @torch.no_grad()
 def sparsity_metrics(gates: Gates, lagrangian: Lagrangian, step: int) -> dict[str, dict[str, Any]]:
@@ -226,4 +222,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
                 f"optimizer state holds {key!r}, but the optimizer's parameters are {', '.join(parameters)}: "
                 "the checkpoint belongs to other gate groups. Resume with the recipe that wrote it."
             )
-        optimizer.state[parameters[name]][quantity] = value.detach().clone()
+        parameter = parameters[name]
+        device = "cpu" if quantity == "step" else parameter.device  # where Adam keeps its counter of steps
+        optimizer.state[parameter][quantity] = value.detach().to(device, copy=True)

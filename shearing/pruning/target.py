@@ -7,8 +7,9 @@ from typing import Any
 
 from shearing.models.families import Family
 from shearing.models.family import head_size_is_quotient, shape_of
-from shearing.models.parameters import count_parameters, parameters_outside, prunable_parameters
+from shearing.models.parameters import count_parameters, prunable_parameters
 from shearing.models.shape import Shape, TargetShape
+from shearing.pruning.budget import INSIDE, OverallBudget
 from shearing.pruning.config import PruningConfig, PruningTarget
 
 GROUPS = ("layer", "hidden", "head", "kv_head", "intermediate")
@@ -178,18 +179,41 @@ def _overall_problems(family: Family, source: Shape, config: PruningConfig, path
             f"{family.architecture} takes hidden size over heads for the head size; allowed for this family: a target "
             f"shape. Set {path}.target.{bound}=null and sizes."
         )
-    asked = config.target.parameters
-    if asked is not None and source_config is not None:
-        groups = config.gates.groups
-        least = parameters_outside(source_config, 1 if groups is None or "hidden" in groups else source.hidden_size)
-        whole = count_parameters(source_config)
-        if not least < asked < whole:
-            problems.append(
-                f"{path}.target.parameters = {asked:,}; the source has {whole:,} and no gates can go below {least:,}; "
-                f"allowed: between the two. Set {path}.target.parameters={(least + whole) // 2}."
-            )
-    stay = source.num_layers - len(config.drop.layers)
-    return problems + _layer_list_problems(source.num_layers, stay, config, path)
+    halves = [name for name in INSIDE if config.gates.groups is not None and name not in config.gates.groups]
+    problems += [
+        f"{path}.{key}.layers needs gates over attention and MLP of a layer; {path}.gates.groups lacks "
+        f"{_listed(halves)}. Add {_listed(halves)} to it, or take {path}.{key}.layers out."
+        for key, asked in (("keep", config.keep), ("drop", config.drop))
+        if asked.layers and halves
+    ]
+    stay = source.num_layers - len(layer_numbers(config.drop.layers, source.num_layers))
+    problems += _layer_list_problems(source.num_layers, stay, config, path)
+    if stay == 0:
+        problems.append(f"{path}.drop.layers names every layer; allowed: all but one. Shorten the list.")
+    if problems or source_config is None:
+        return problems
+    return _budget_problems(source, config, path, source_config)
+
+
+def _budget_problems(source: Shape, config: PruningConfig, path: str, source_config: Any) -> list[str]:
+    """Whether gates can reach what an overall target asks for at all."""
+    overall = OverallBudget.asked(source_config, config.target)
+    least = overall.least(
+        overall_groups(source, config.gates.groups), layer_numbers(config.keep.layers, source.num_layers)
+    )
+    if least < overall.budget < overall.total:
+        return []
+    bound = "sparsity" if config.target.sparsity is not None else "parameters"
+    if bound == "sparsity":
+        given, most = f"{config.target.sparsity:g}", math.floor(100 * (1 - least / overall.total)) / 100
+        remedy = f"Set {path}.target.sparsity={most:g} or less"
+    else:
+        given, remedy = f"{config.target.parameters:,}", f"Set {path}.target.parameters={(least + overall.total) // 2}"
+    return [
+        f"{path}.target.{bound} = {given} asks for {overall.budget:,} of the {overall.total:,} parameters that count, "
+        f"of which {least:,} stay when every gate is closed that may; allowed: more than these, and fewer than all. "
+        f"{remedy}, or let more groups have gates ({path}.gates.groups)."
+    ]
 
 
 def _layer_list_problems(size: int, stay: int, config: PruningConfig, path: str) -> list[str]:

@@ -1,5 +1,6 @@
 """From a checkpoint to a Hugging Face directory, and what the models of a run are measured by on the way."""
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -92,21 +93,27 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy weights by name into a model. Raises KeyError for a weight that is not there."""
+    """Copy weights by name into a model, in the order in which `tensors` gives them: a file at a time.
+
+    Raises:
+        KeyError: A weight of the model is not there.
+    """
+    parameters = dict(model.named_parameters())
+    if missing := parameters.keys() - tensors.keys():
+        raise KeyError(", ".join(sorted(missing)))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
+        for name in tensors:
+            if name in parameters:
+                parameters[name].copy_(tensors[name])
 
 
 def agreement(proof: dict[str, dict[str, Any]], dtype: str) -> dict[str, Any]:
     """Whether masked at the exact target, extracted and reloaded are one model, by their loss in every domain."""
     names = ("exact_target", "extracted", "reloaded")
-    domains = proof["extracted"]["domains"]
-    spreads = [
-        max(proof[name]["domains"][domain] for name in names) - min(proof[name]["domains"][domain] for name in names)
-        for domain in domains
-    ]
-    largest, tolerance = max(spreads), AGREEMENT_NATS[dtype]
+    losses = [[proof[name]["domains"][domain] for name in names] for domain in proof["extracted"]["domains"]]
+    finite = all(math.isfinite(loss) for of_domain in losses for loss in of_domain)  # `max` passes over a NaN
+    largest = max(max(of_domain) - min(of_domain) for of_domain in losses) if finite else math.inf
+    tolerance = AGREEMENT_NATS[dtype]
     return {"largest_difference": largest, "agreement_tolerance": tolerance, "agrees": largest <= tolerance}
 
 

@@ -307,11 +307,10 @@ class Trainer:
         """Raise TrainingDivergedError where the weights as they are now are not worth keeping (collective).
 
         The loss of a step is of the weights before its update. Where no evaluation has followed, one micro-batch of
-        held-out text tells.
+        each domain's held-out text tells.
         """
         if self.evaluated_step != self.state.step:
-            few = {d: held_out[: self.micro_batch_sequences] for d, held_out in list(self.held_out.items())[:1]}
-            self._held_out_losses(few)
+            self._held_out_losses({d: held_out[: self.micro_batch_sequences] for d, held_out in self.held_out.items()})
 
     def _held_out_losses(self, held_out: dict[str, np.ndarray]) -> tuple[LossSums, dict[str, float]]:
         """This rank's loss sums, and the loss per domain over all ranks, which the watchdog has seen (collective)."""
@@ -327,8 +326,9 @@ class Trainer:
             forward=self.engine.logits,
         )
         losses = summed_losses(sums, self.engine.device)
-        finite = [loss for loss in losses.values() if math.isfinite(loss)]  # one domain's NaN is the mixture's matter
-        mean = sum(finite) / len(finite) if finite else math.nan
+        # in the proportions of the batches, whose losses the watchdog knows; one domain's NaN is the mixture's matter
+        shares = {d: self.state.mixture.proportions[d] for d, loss in losses.items() if math.isfinite(loss)}
+        mean = sum(share * losses[d] for d, share in shares.items()) / sum(shares.values()) if shares else math.nan
         self.watchdog.see_held_out(self.state.step, mean, self.config.learning_rate)
         return sums, losses
 

@@ -47,9 +47,9 @@ class MaskLearner:
         self.sample = self.gates.sample(self.gates.noise(self.seed, step, self.noise_rank))
         self.slots.set(self.sample)
 
-    def close(self, exact: bool = False) -> None:
-        """Gates without noise, for evaluation: at the size that they expect now, or at exactly the target."""
-        self.slots.set(self.gates.deterministic(exact))
+    def close(self) -> None:
+        """Gates without noise, for evaluation: at the size that they expect now."""
+        self.slots.set(self.gates.deterministic(exact=False))
 
     def update(self, step: int) -> None:
         """One step of gates and multipliers from the gradients that the micro-batches left behind (collective)."""

@@ -22,7 +22,7 @@ from shearing.data.source import SequenceSource
 from shearing.evaluation.held_out import held_out_sequences
 from shearing.models.directories import local_directory
 from shearing.models.family import family_of
-from shearing.models.flops import peak_flops_per_s, training_flops_per_token
+from shearing.models.flops import FROZEN_SHARE, peak_flops_per_s, training_flops_per_token
 from shearing.models.loading import load_model, new_model, read_config
 from shearing.pruning.config import PruningConfig
 from shearing.pruning.gates import gates_for
@@ -161,7 +161,7 @@ def start_report(phase: PhaseConfig, trainer: Trainer) -> Report:
         "device": device_name,
         "planned_steps": phase.training.steps,
         "sequences": trainer.stream.sequences,
-        "flops_per_token": training_flops_per_token(config, sequence_tokens),
+        "flops_per_token": training_flops_per_token(config, sequence_tokens) * (FROZEN_SHARE if trainer.lora else 1),
         "peak_flops_per_s": peak_flops_per_s(device_name, phase.engine.dtype),
     }
 

@@ -17,7 +17,7 @@ from journeys import Journey
 from shearing.storage import open_store
 from shearing.training.checkpoint import CheckpointReader, IncompleteCheckpointError
 
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+MOVED_CLOCK = Path(__file__).parent / "clock"
 VICTIM_WITHIN_S = 60
 KILLED, INTERRUPTED, TERMINATED = -signal.SIGKILL, 128 + signal.SIGINT, 128 + signal.SIGTERM
 
@@ -202,10 +202,10 @@ def fill_disk(scene: Scene) -> Struck:
 
 
 def jump(scene: Scene) -> Struck:
-    """The wall clock of all the run's processes goes an hour on, or back."""
-    offset = ("+3600s", "-3600s")[scene.fault.pick % 2]
-    scene.clock.write_text(offset + "\n")
-    return f"wall clock to {offset}"
+    """The wall clock of all the run's Python processes goes an hour on, or back."""
+    offset = ("3600", "-3600")[scene.fault.pick % 2]
+    scene.clock.write_text(offset)
+    return f"wall clock to {offset} s"
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ KINDS: dict[str, Kind] = {
 # What such a fault takes in the environment of the run; they are struck with in runs of their own.
 ASIDE: dict[str, dict[str, str]] = {
     "worker_hung": {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30"},
-    "clock_jumped": {"LD_PRELOAD": str(FAKETIME), "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"},
+    "clock_jumped": {"PYTHONPATH": os.pathsep.join([str(MOVED_CLOCK), *filter(None, [os.environ.get("PYTHONPATH")])])},
 }
 
 

@@ -97,7 +97,7 @@ class Ordeal:
     def run(self) -> Outcome:
         """Go through the whole schedule, to the end of the run."""
         self.folder.mkdir(parents=True)
-        self.clock.write_text("+0\n")
+        self.clock.write_text("0")
         began_s = time.monotonic()
         with small_disk(self.folder / "run", DISK_MEGABYTES):
             self.journey = ready_journey(self.unharmed, self.folder)
@@ -115,7 +115,7 @@ class Ordeal:
         return self.outcome
 
     def _start(self) -> subprocess.Popen:
-        words = environment() | {"FAKETIME_TIMESTAMP_FILE": str(self.clock)}
+        words = environment() | {"SHEAR_TEST_CLOCK": str(self.clock)}
         for kind in ASIDE.keys() & {fault.kind for fault in self.schedule.faults}:
             words |= ASIDE[kind]
         self.outcome.starts += 1

@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict
 
 import pytest
-from faults import ASIDE, FAKETIME, KINDS, Schedule, small_disk
+from faults import ASIDE, KINDS, Schedule, small_disk
 from journeys import Journey
 from ordeal import ROUNDING, STEPS, Ordeal, abandoned, available_kinds, spread, unharmed_run
 
@@ -71,8 +71,6 @@ def test_run_under_faults(unharmed, tmp_path, seed):
 @pytest.mark.parametrize("kind", ASIDE)
 def test_run_under_faults_of_one_kind(unharmed, tmp_path, kind):
     """Catches a group that waits for ever for a worker that does not answer, and deadlines by the wall clock."""
-    if kind == "clock_jumped" and not FAKETIME.exists():
-        pytest.skip("libfaketime is not installed")
     outcome = Ordeal(Schedule.drawn(6, 3, STEPS, [kind]), unharmed, tmp_path / "harmed").run()
     assert outcome.problems == []
     assert outcome.struck

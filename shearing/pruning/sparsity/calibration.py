@@ -144,6 +144,7 @@ class _Watch:
         x_SI = args[0].flatten(0, -2)
         if self.mask_BT is not None:
             x_SI = x_SI[self.mask_BT.flatten().to(x_SI.device) == 1]
+        x_SI = x_SI.float()  # bfloat16 would keep eight bits of each sum, and leave no positive definite matrix
         product_II = (x_SI.T @ x_SI).double()
         total_II = self._sums.get(name)
         self._sums[name] = 2 * product_II if total_II is None else total_II.add_(product_II, alpha=2)

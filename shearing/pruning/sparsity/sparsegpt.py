@@ -69,7 +69,7 @@ def sparsegpt(weight_OI: Tensor, hessian_II: Tensor, pattern: Pattern, *, block_
         block_columns: Columns whose errors are kept back and spread at once; a multiple of the pattern's group.
 
     Raises:
-        ValueError: The Hessian holds what is no number.
+        ValueError: The Hessian holds what is no number, or has no inverse.
 
     Source: arXiv 2301.00774, section 3 and algorithm 1.
     """
@@ -112,8 +112,13 @@ def _inverse_factor(hessian_II: Tensor) -> Tensor:
     if not bool(torch.isfinite(damped_II).all()):
         raise ValueError("the Hessian of a linear layer holds values that are no numbers: so do its inputs")
     damped_II.diagonal().add_(DAMPING * damped_II.diagonal().mean())
-    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
-    return torch.linalg.cholesky(inverse_II, upper=True)
+    try:
+        inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
+        return torch.linalg.cholesky(inverse_II, upper=True)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"the Hessian of a linear layer has no inverse in float64 ({error}): calibrate on more sequences"
+        ) from None
 
 
 def relative_error(weight_OI: Tensor, sparse_OI: Tensor, hessian_II: Tensor) -> float:

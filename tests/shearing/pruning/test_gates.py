@@ -423,6 +423,21 @@ class TestConstraint:
             for name, tensor in ours.state_dict().items():
                 assert torch.equal(tensor, theirs.state_dict()[name]), name
 
+    def test_optimiser_state_goes_where_its_parameters_are(self):
+        # catches moments read from a file that stay on the CPU beside gates on a GPU
+        gates, lagrangian = Gates(small_groups()), Lagrangian(small_groups())
+        optimizer = build_gate_optimizer(gates, lagrangian, GatesConfig())
+        for parameter in (*gates.parameters(), *lagrangian.parameters()):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        saved = optimizer_tensors(optimizer)
+        other = build_gate_optimizer(gates.to("meta"), lagrangian.to("meta"), GatesConfig())
+        load_optimizer_tensors(other, saved)
+        for state in other.state.values():
+            assert {name: value.device.type for name, value in state.items()} == {
+                "step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"
+            }  # fmt: skip
+
     def test_optimiser_state_of_other_groups_is_refused(self):
         gates, lagrangian = Gates(small_groups()), Lagrangian(small_groups())
         optimizer = build_gate_optimizer(gates, lagrangian, GatesConfig())

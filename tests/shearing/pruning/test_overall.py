@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +172,17 @@ class TestChoice:
         chosen = overall.choose({"intermediate": torch.zeros(3, 20)})
         assert chosen["intermediate"][0].all()
         assert not chosen["intermediate"][2, -1]
+
+
+@pytest.mark.parametrize("left_out", [(), ("hidden",), ("attention_layer", "mlp_layer")])
+def test_nothing_gets_below_the_least(left_out):
+    """A target that is let through though no choice of gates can come to it, or refused though one can."""
+    overall = OverallSparsity.of_all(tiny_config("llama", GROUPED), 1)
+    gates = {name: gate for name, gate in random_gates(GROUPED).items() if name not in left_out}
+    kept = () if left_out == ("attention_layer", "mlp_layer") else (1,)
+    scores = {name: gate.clone() for name, gate in gates.items()}
+    for half in ("attention_layer", "mlp_layer"):
+        for layer in kept:
+            scores[half][layer] = math.inf
+    chosen = overall.choose(scores)
+    assert int(overall.count(chosen)) == overall.least(gates, kept)

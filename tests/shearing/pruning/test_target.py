@@ -1,6 +1,7 @@
 import pytest
 
 from shearing.models.families import FAMILIES
+from shearing.models.family import llama_config
 from shearing.models.shape import Shape, TargetShape
 from shearing.pruning.config import PruningConfig
 from shearing.pruning.target import check_pruning, check_target, gate_groups, pruning_groups, target_shape
@@ -161,3 +162,29 @@ class TestForcedLayers:
         """Each of these would otherwise end in an extraction at another size, after all the steps."""
         (found,) = check_pruning(FAMILIES["llama"], LLAMA_7B, config)
         assert expected in found
+
+
+class TestReach:
+    """Overall targets that gates can or cannot come to; 7B's own figures."""
+
+    @pytest.mark.parametrize(
+        ("target", "changed", "expected"),
+        [
+            ({"sparsity": 0.6}, {}, []),
+            ({"sparsity": 0.9}, {"gates": {"groups": ["head"]}}, ["pruning.target.sparsity = 0.9 asks for"]),
+            ({"sparsity": 0.99}, {"keep": {"layers": list(range(32))}}, []),
+            ({"sparsity": 0.3}, {"gates": {"groups": ["head", "intermediate"]}, "drop": {"layers": [1]}},
+             ["pruning.drop.layers needs gates over attention and MLP of a layer; pruning.gates.groups lacks"]),
+            ({"sparsity": 0.3}, {"drop": {"layers": list(range(32))}}, ["pruning.drop.layers names every layer"]),
+            ({"parameters": 3_000_000_000}, {"gates": {"groups": ["head"]}},
+             ["pruning.target.parameters = 3,000,000,000 asks for"]),
+        ],
+    )  # fmt: skip
+    def test_what_is_said_before_a_run(self, target, changed, expected):
+        """Catches a target that is missed after all steps, and layers that are named in vain."""
+        config = PruningConfig(steps=1, global_batch_tokens=1, target=target, **changed)
+        source = llama_config(LLAMA_7B, 32000, 4096)
+        found = check_pruning(FAMILIES["llama"], LLAMA_7B, config, source_config=source)
+        assert [problem.startswith(words) for problem, words in zip(found, expected, strict=True)] == [True] * len(
+            found
+        )

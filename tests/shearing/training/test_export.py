@@ -199,3 +199,9 @@ class TestAgreement:
         limit = AGREEMENT_NATS["float32"]
         shifts = {"exact_target": -0.6 * limit, "extracted": 0.0, "reloaded": 0.6 * limit}
         assert not agreement(self.proof(**shifts), "float32")["agrees"]
+
+    @pytest.mark.parametrize("name", ["exact_target", "extracted", "reloaded"])
+    def test_what_is_no_number_agrees_with_nothing(self, name):
+        # catches a NaN that the largest of several losses passes over
+        shifts = dict.fromkeys(("exact_target", "extracted", "reloaded"), 0.0)
+        assert not agreement(self.proof(**shifts | {name: float("nan")}), "float32")["agrees"]

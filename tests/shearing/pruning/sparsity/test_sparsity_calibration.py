@@ -79,6 +79,14 @@ def test_readers_of_one_input_share_its_sum(tmp_path):
     assert all(total.dtype == torch.float64 for total in share.hessians(0).values())
 
 
+def test_products_of_bfloat16_are_summed_in_float32(tmp_path):
+    """Sums that keep eight bits, which leave SparseGPT a matrix without an inverse."""
+    share = CalibrationShare(saved(tmp_path / "model"), TOKENS, dtype=torch.bfloat16)
+    share.embed()
+    for total_II in share.hessians(0).values():
+        assert not torch.equal(total_II, total_II.bfloat16().double())
+
+
 def test_shares_add_up(tmp_path):
     """A result that depends on the number of workers."""
     folder = saved(tmp_path / "model")
