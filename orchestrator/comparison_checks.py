@@ -85,6 +85,7 @@ def comparison_problems(recipe: Recipe) -> list[str]:
                 f"comparison.text.file = {text.file!r} is no file. Set it to a text, or comparison.text=null."
             )
     except OSError as error:
+        assert text is not None
         problems.append(unreadable("comparison.text.file", text.file, error))
     if facts.config is None or facts.target is None:
         return problems
