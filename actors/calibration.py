@@ -52,12 +52,13 @@ class CalibrationWorker:
         torch.set_num_threads(max(1, int(engine.cpus_per_worker)))
         corpus = open_store(settings.corpus)
         tokens_NT = calibration_tokens(corpus, settings.proportions, settings.sequences, settings.seed)
+        self._device = "cuda" if engine.gpus_per_worker else "cpu"
         self._share = share(
             local_directory(settings.source),
             torch.from_numpy(tokens_NT[rank::world].astype(np.int64)),
             batch_sequences=engine.micro_batch_sequences,
             dtype=DTYPES[engine.dtype],
-            device="cuda" if engine.gpus_per_worker else "cpu",
+            device=self._device,
         )
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -66,7 +67,7 @@ class CalibrationWorker:
 
     def peak_bytes(self) -> int:
         """Most memory that this process has held: on its device where it has one."""
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process_peak_bytes()
+        return torch.cuda.max_memory_allocated() if self._device == "cuda" else process_peak_bytes()
 
 
 class SharesOnCluster:

@@ -27,7 +27,7 @@ def measure_losses(model_dir: str, protocol: ScoreProtocol, cpus: float = 1, gpu
 
 
 def held_out_losses(model_dir: str, protocol: ScoreProtocol) -> dict[str, float]:
-    """Nats a token per domain, in this process. Raises ValueError where a domain holds nothing to measure on."""
+    """Nats a token per domain, in this process. Raises UserError where a domain holds nothing to measure on."""
     import torch
 
     torch.set_num_threads(protocol.threads)

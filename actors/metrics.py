@@ -206,6 +206,10 @@ class RunMetrics:
         with self.lock:
             self.figures.see(row)
 
+    def close(self) -> None:
+        """Hand over the last figures."""
+        self.export()
+
     def export(self) -> None:
         """Hand every figure to Ray."""
         with self.lock:

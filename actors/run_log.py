@@ -23,6 +23,9 @@ class Watcher(Protocol):
     def see(self, row: dict[str, Any]) -> None:
         """Show a new row."""
 
+    def close(self) -> None:
+        """The phase is over, or its driver was asked to stop."""
+
 
 MakeWatcher = Callable[[str, str], Watcher]
 """Makes a watcher of the workspace's URI and the phase's name."""
@@ -33,7 +36,7 @@ class RunLog:
 
     A resumed phase repeats the steps after its checkpoint, so a reader takes the last row of a step and kind.
     On a local disk each push is appended; an object store cannot append, so there the file is written whole by `flush`.
-    A watcher that fails is let go of: what shows a run may not end it.
+    A watcher that fails is let go of, which the log says in a row: what shows a run may not end it.
     """
 
     def __init__(self, workspace_uri: str, phase: str, watchers: Sequence[MakeWatcher] = ()) -> None:
@@ -48,13 +51,19 @@ class RunLog:
             self.store.write_bytes(self.name, self.text)
             self.text = b""
         self.watchers: list[Watcher] = []
+        rows = [json.loads(line) for line in earlier.splitlines()] if watchers else []
+        lost = []
         for make in watchers:
             try:
                 self.watchers.append(make(workspace_uri, phase))
-            except Exception:
+            except Exception as error:
                 logger.exception("the phase goes on without %s", make)
-        for line in earlier.splitlines() if self.watchers else ():
-            self._tell("recall", json.loads(line))
+                name = getattr(make, "__name__", type(make).__name__)
+                lost.append(_without(name, error, rows[-1]["step"] if rows else 0))
+        for row in rows:
+            lost += self._tell("recall", row)
+        if lost:
+            self.push(lost)
 
     def ask_to_leave(self) -> None:
         """From now on every push is answered with True: the workers are to save a checkpoint and leave."""
@@ -67,11 +76,12 @@ class RunLog:
             self._append(text)
         else:
             self.text += text
+        lost = []
         for row in rows:
             self.last_number = max(self.last_number + 1, time.time_ns())  # goes on rising in a restarted actor
             self.rows.append((self.last_number, row))
-            self._tell("see", row)
-        return self.leaving
+            lost += self._tell("see", row)
+        return self.push(lost) if lost else self.leaving
 
     def _append(self, text: bytes) -> None:
         """Whole or not at all: of a line that a full disk cut off, the next one would become a part."""
@@ -84,13 +94,26 @@ class RunLog:
                 file.truncate(end)
                 raise
 
-    def _tell(self, how: str, row: dict[str, Any]) -> None:
+    def _tell(self, how: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """Show a row to all watchers. Returns rows on those that failed and are watchers no more."""
+        lost = []
         for watcher in list(self.watchers):
             try:
                 getattr(watcher, how)(row)
-            except Exception:
+            except Exception as error:
                 logger.exception("the phase goes on without %s, which failed at %s", type(watcher).__name__, row)
                 self.watchers.remove(watcher)
+                lost.append(_without(type(watcher).__name__, error, row["step"]))
+        return lost
+
+    def close(self) -> None:
+        """Let the watchers end what they have open."""
+        for watcher in self.watchers:
+            try:
+                watcher.close()
+            except Exception:
+                logger.exception("%s could not be closed", type(watcher).__name__)
+        self.watchers = []
 
     def flush(self) -> None:
         """All that was pushed is on storage when this returns."""
@@ -100,3 +123,15 @@ class RunLog:
     def newer(self, than: int) -> list[tuple[int, dict[str, Any]]]:
         """Rows pushed after the one numbered `than`, with their numbers; at most the newest KEPT_ROWS."""
         return [(number, row) for number, row in self.rows if number > than]
+
+
+def _without(name: str, error: Exception, step: int) -> dict[str, Any]:
+    """The row that says so, of the same form as `shearing.training.loop.event_report`, whose module loads torch."""
+    why = f"{type(error).__name__}: {error}"
+    return {
+        "kind": "event",
+        "step": step,
+        "time": time.time(),
+        "event": "tracker",
+        "text": f"goes on without {name}, which failed: {why}",
+    }

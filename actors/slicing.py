@@ -41,6 +41,8 @@ class SlicingSettings(Config):
 def slice_on_cluster(settings: SlicingSettings, on_layer: OnLayer, on_loss: Callable[[str], None]) -> SlicingReport:
     """Slice a model; a run that was stopped, or lost a worker, goes on at its last finished layer.
 
+    The caller deletes `settings.work` once it needs no slicing any more.
+
     Args:
         settings: What to slice, how and where.
         on_layer: Called after every layer with what was found and its figures: `seconds`, and the most bytes that
@@ -91,5 +93,4 @@ def _slice(
             on_layer=finished,
         )
         publish_directory(target, destination)
-    open_store(settings.work).delete()
     return found

@@ -63,6 +63,8 @@ def sparsify_on_cluster(
 ) -> dict[str, Any]:
     """Make a model sparse; a run that was stopped, or lost a worker, goes on at its last finished layer.
 
+    The caller deletes `settings.work` once it needs no sparsifying any more.
+
     Args:
         settings: What, how and where.
         on_layer: Called after every layer with its number, what became of its linear layers, and figures: `seconds`,
@@ -84,7 +86,6 @@ def sparsify_on_cluster(
                 return _sparsify(settings, CalibrationOnCluster(shares), *place, on_layer)
 
     record: dict[str, Any] = until_done(work, settings.calibration.engine.max_failures, on_loss)
-    open_store(settings.work).delete()
     return record
 
 
@@ -97,7 +98,8 @@ def _sparsify(
 ) -> dict[str, Any]:
     source, config = local_directory(settings.calibration.source), settings.sparsifying
     text = None if calibration is None else calibration.digest()
-    finished = FinishedLayers(folder, source, config, text)
+    looked_at = text and f"{text}, in {settings.calibration.engine.dtype}"
+    finished = FinishedLayers(folder, source, config, looked_at)
     began_s = time.perf_counter()
     for layer, records in enumerate(sparse_layers(source, config, calibration, finished)):
         keep()

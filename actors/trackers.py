@@ -1,5 +1,6 @@
 """Experiment trackers that a recipe asks for by name, fed with the same figures as the metrics."""
 
+import hashlib
 import time
 from typing import Any
 
@@ -35,6 +36,10 @@ class Tracker:
         """Hand scalars to the tracker."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Hand over what waits, and say that the run is at its end."""
+        raise NotImplementedError
+
 
 def scalar_name(key: Key) -> str:
     """`loss_nats_per_token/wiki` of a metric's name and labels."""
@@ -58,23 +63,32 @@ class TensorBoard(Tracker):
             self.writer.add_scalar(name, value, step=step)
         self.writer.flush()
 
+    def close(self) -> None:
+        """Close the event file."""
+        self.writer.close()
+
 
 class WeightsAndBiases(Tracker):
-    """A run of its own for each phase; account and mode come from wandb's environment variables."""
+    """A run for each phase, however often it goes on; account and mode come from wandb's environment variables."""
 
     def __init__(self, workspace_uri: str, phase: str) -> None:
         super().__init__()
         import wandb
 
-        self.run = wandb.init(project="shear", name=phase, group=run_name(workspace_uri))
+        name = hashlib.sha256(f"{workspace_uri} {phase}".encode()).hexdigest()[:16]
+        self.run = wandb.init(project="shear", name=phase, group=run_name(workspace_uri), id=name, resume="allow")
 
     def write(self, scalars: dict[str, float], step: int) -> None:
         """Log with the phase's own step, since wandb's may not go back when a phase resumes."""
         self.run.log(scalars | {"training_step": step})
 
+    def close(self) -> None:
+        """Upload the rest."""
+        self.run.finish()
+
 
 class MLflow(Tracker):
-    """A run of its own for each phase; the server comes from MLFLOW_TRACKING_URI."""
+    """A run for each phase, and for each time it goes on; the server comes from MLFLOW_TRACKING_URI."""
 
     def __init__(self, workspace_uri: str, phase: str) -> None:
         super().__init__()
@@ -91,6 +105,10 @@ class MLflow(Tracker):
 
         now_ms = int(time.time() * 1000)
         self.client.log_batch(self.run_id, [Metric(name, value, now_ms, step) for name, value in scalars.items()])
+
+    def close(self) -> None:
+        """The run is not shown as going on for ever."""
+        self.client.set_terminated(self.run_id)
 
 
 TRACKERS: dict[TrackerName, MakeWatcher] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}

@@ -44,6 +44,7 @@ KEPT_CHECKPOINTS = 2
 POLL_S = 1.0
 SETUP_ATTEMPTS = 3
 LEAVE_WITHIN_S = 120.0
+CLOSE_WITHIN_S = 30.0
 LOOK_FOR_ROOM_EVERY_S = 60.0
 NEVER_S = 1e9
 
@@ -110,6 +111,7 @@ def _phase_actors(phase: PhaseConfig, workspace: Store) -> Iterator[dict[str, An
         run = hashlib.sha256(workspace.uri.encode()).hexdigest()[:12]
         watchers = [RunMetrics, *(TRACKERS[name] for name in phase.trackers)]
         log = kept(_actor(RunLog, f"run-log-{phase.name}-{run}").remote(workspace.uri, phase.name, watchers))
+        ending.callback(_close, log)
         weights = kept(
             start_domain_weights(
                 f"domain-weights-{phase.name}-{run}",
@@ -121,6 +123,12 @@ def _phase_actors(phase: PhaseConfig, workspace: Store) -> Iterator[dict[str, An
         )
         feeder = kept(start_feeder(_feed_plan(phase), f"sequence-feeder-{phase.name}-{run}"))
         yield {"log": log, "weights": weights, "feeder": feeder}
+
+
+def _close(log: Any) -> None:
+    """Before it is killed, the log tells its trackers."""
+    with contextlib.suppress(ray.exceptions.RayError):  # what shows a run may not end it
+        ray.get(log.close.remote(), timeout=CLOSE_WITHIN_S)
 
 
 def _in_thread(work: Callable[[], dict[str, Any]], leave: Callable[[], None]) -> dict[str, Any]:
@@ -137,9 +145,11 @@ def _in_thread(work: Callable[[], dict[str, Any]], leave: Callable[[], None]) ->
         except BaseException as error:
             done.set_exception(error)
 
-    threading.Thread(target=run, name="ray-train", daemon=True).start()
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
     try:
-        wait([done])  # Thread.join takes a thread for ended once a signal has cut it short
+        thread.start()
+        while not done.done():  # Thread.join takes a thread for ended once a signal has cut it short
+            wait([done], timeout=POLL_S)  # a task that Ray cancels hears of it between two waits alone
     except KeyboardInterrupt:
         leave()
         wait([done], timeout=LEAVE_WITHIN_S)

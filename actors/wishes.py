@@ -76,4 +76,4 @@ def free_resources() -> list[dict[str, Any]]:
 
 def room_for(worker: dict[str, float], free: list[dict[str, Any]]) -> int:
     """How many workers more would fit, each whole on one node."""
-    return sum(int(min(node.get(kind, 0.0) / amount for kind, amount in worker.items())) for node in free)
+    return sum(int(min(node.get(kind, 0.0) / amount for kind, amount in worker.items()) + 1e-9) for node in free)

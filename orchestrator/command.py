@@ -83,7 +83,7 @@ def run_command(command: Command, out: TextIO, err: TextIO, job: Job | None = No
         number = signals[0] if signals else int(signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT)
         console.close()
         console.text(
-            f"stopped by {signal.Signals(number).name}. To go on from the last checkpoint, run the same again:"
+            f"stopped by {signal.Signals(number).name}. What was finished is kept; to go on, run the same again:"
         )
         console.text(f"  {_again()}")
         return 128 + number

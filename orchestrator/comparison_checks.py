@@ -20,7 +20,8 @@ from orchestrator.preflight import preflight
 from orchestrator.recipe import ComparisonConfig, Recipe
 from orchestrator.source_model import SourceFacts, inspect_source
 from orchestrator.stage import recipe_conflicts
-from orchestrator.workspace import Workspace, open_workspace
+from orchestrator.stores import unreadable
+from orchestrator.workspace import Workspace, open_workspace, workspace_uri
 from shearing.models.parameters import count_parameters
 from shearing.storage import open_store
 
@@ -78,8 +79,14 @@ def comparison_problems(recipe: Recipe) -> list[str]:
     problems = preflight(recipe.only("pruning"))
     facts = inspect_source(recipe.only("pruning"))
     text = recipe.comparison.text
-    if text is not None and not _is_file(text.file):
-        problems.append(f"comparison.text.file = {text.file!r} is no file. Set it to a text, or comparison.text=null.")
+    try:
+        if text is not None and not _is_file(text.file):
+            problems.append(
+                f"comparison.text.file = {text.file!r} is no file. Set it to a text, or comparison.text=null."
+            )
+    except OSError as error:
+        assert text is not None
+        problems.append(unreadable("comparison.text.file", text.file, error))
     if facts.config is None or facts.target is None:
         return problems
     if text is not None:
@@ -88,8 +95,11 @@ def comparison_problems(recipe: Recipe) -> list[str]:
     for name in chosen_methods(recipe, facts)[0]:
         found = misfits(name, recipe, facts) or preflight(method_recipe(name, recipe, facts.config))
         problems += [f"method {name}: {problem}" for problem in found if problem not in problems]
-    for run in _known_runs(recipe, facts):
-        problems += recipe_conflicts(run.stages, run.recipe, run.workspace)
+    try:
+        for run in _known_runs(recipe, facts):
+            problems += recipe_conflicts(run.stages, run.recipe, run.workspace)
+    except OSError as error:
+        problems.append(unreadable("workspace", workspace_uri(recipe), error))
     return problems
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from orchestrator.cluster_fit import comparison_demands
 from orchestrator.console import Console, format_duration
 from orchestrator.methods import METHODS, chosen_methods, compared_parameters, method_recipe, on_source
 from orchestrator.ray_session import CPU_FOR_DATA, RaySession, SurroundingSession
@@ -133,22 +134,39 @@ def _drive_all(runs: list[MethodRun], context: Context) -> dict[str, list[str]]:
     task = ray.remote(num_cpus=0, max_retries=DRIVER_RETRIES)(drive)
     waiting, failed = list(runs), {}
     running: dict[Any, _Followed] = {}
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            run = waiting.pop(0)
-            running[task.remote(run, context.session.verbose)] = _Followed(run, context.console)
-        ready, _ = ray.wait(list(running), timeout=POLL_S)
-        for followed in running.values():
-            followed.tell()
-        for reference in ready:
-            followed = running.pop(reference)
-            if problems := _problems_of(reference):
-                failed[followed.run.name] = problems
-                for problem in problems:
-                    context.console.warn(f"{followed.run.name}: {problem}")
-            else:
-                context.console.note(f"{followed.run.name}: done in {format_duration(followed.seconds)}")
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                run = waiting.pop(0)
+                running[task.remote(run, context.session.verbose)] = _Followed(run, context.console)
+            ready, _ = ray.wait(list(running), timeout=POLL_S)
+            for followed in running.values():
+                followed.tell()
+            for reference in ready:
+                followed = running.pop(reference)
+                if problems := _problems_of(reference):
+                    failed[followed.run.name] = problems
+                    for problem in problems:
+                        context.console.warn(f"{followed.run.name}: {problem}")
+                else:
+                    context.console.note(f"{followed.run.name}: done in {format_duration(followed.seconds)}")
+    except KeyboardInterrupt:
+        _let_them_leave(list(running), context.console)
+        raise
     return failed
+
+
+def _let_them_leave(drivers: list[Any], console: Console) -> None:
+    """Stop drivers as Ctrl-C stops a run of its own, so that each has a while to save a checkpoint."""
+    import ray
+
+    from actors.training import LEAVE_WITHIN_S
+
+    if drivers:
+        console.note("every method saves a checkpoint first; ask again to stop at once")
+        for driver in drivers:
+            ray.cancel(driver, recursive=False)  # a KeyboardInterrupt in it; its own actors and tasks it ends itself
+        ray.wait(drivers, num_returns=len(drivers), timeout=LEAVE_WITHIN_S)
 
 
 def _problems_of(reference: Any) -> list[str]:
@@ -223,4 +241,5 @@ class _Followed:
 
 def comparison_session(recipe: Recipe, verbose: bool, dashboard: bool, on_lost: Callable[[str], None]) -> RaySession:
     """Ray for all methods together: embedded, with CPUs declared for as many runs as go on at once."""
-    return RaySession(recipe, verbose, dashboard, runs_at_once(recipe, None), on_lost)
+    at_once = runs_at_once(recipe, None)
+    return RaySession(recipe, verbose, dashboard, runs_at_once=at_once, demands=comparison_demands, on_lost=on_lost)

@@ -6,8 +6,9 @@ from typing import Any
 
 from orchestrator.comparison_run import methods_are_whole, run_methods
 from orchestrator.methods import METHODS as COMPARED
+from orchestrator.scoring_settings import task_resources
 from orchestrator.stage import Context, Stage
-from orchestrator.stages import CORPUS, REFERENCES, SOURCE, score_protocol, source_model, task_resources
+from orchestrator.stages import CORPUS, REFERENCES, SOURCE, score_protocol, source_model
 from orchestrator.workspace import fingerprint
 from shearing.storage import open_store
 
@@ -29,7 +30,7 @@ def _measures(context: Context) -> dict[str, Any]:
     from actors.scoring import score_models, score_tasks
 
     models, protocol = compared_models(context), score_protocol(context)
-    comparison, resources = context.recipe.comparison, task_resources(context)
+    comparison, resources = context.recipe.comparison, task_resources(context.recipe)
     assert comparison is not None
     text = comparison.text and comparison.text.model_copy(update={"file": open_store(comparison.text.file).uri})
     context.console.note(f"{len(models)} models on the same held-out sequences")

@@ -15,6 +15,7 @@ from orchestrator.recipe import Recipe
 from orchestrator.run import stages_of
 from orchestrator.source_model import SourceFacts, inspect_source, result_parameters
 from orchestrator.stage import recipe_conflicts
+from orchestrator.stores import open_named, unreadable
 from orchestrator.teacher_model import teacher_problems
 from orchestrator.workspace import Workspace, workspace_uri
 from shearing.data.references import load_references
@@ -22,7 +23,6 @@ from shearing.data.rule_by_path import rule_problem
 from shearing.errors import UserError
 from shearing.models.parameters import adapter_sizes
 from shearing.pruning.config import PruningConfig
-from shearing.storage import open_store
 
 PROPORTION_TOLERANCE = 1e-6
 ESTIMATE_MARGIN = 2.0  # a forecast from bytes is refused only where it falls short by more than its own error
@@ -44,8 +44,11 @@ def preflight(recipe: Recipe) -> list[str]:
     problems += folder_problems
     if workspace is not None:
         problems += replaced_inputs(recipe, workspace.store)
-        problems += recipe_conflicts(stages_of(recipe), recipe, workspace)
-        problems += _supply_problems(recipe, supply_of(recipe, workspace, text_bytes, facts))
+        try:
+            problems += recipe_conflicts(stages_of(recipe), recipe, workspace)
+            problems += _supply_problems(recipe, supply_of(recipe, workspace, text_bytes, facts))
+        except OSError as error:  # the corpus' folder is looked into as well
+            problems.append(unreadable("workspace", workspace_uri(recipe), error))
     return problems
 
 
@@ -231,11 +234,9 @@ def _folder_problems(recipe: Recipe) -> tuple[list[str], Workspace | None]:
     workspace: Workspace | None = None
     for key, uri in (("workspace", workspace_uri(recipe)), ("corpus.path", recipe.corpus.path)):
         try:
-            store = open_store(uri)
-        except (ValueError, OSError) as error:
-            problems.append(
-                f"{key} = {uri!r} cannot be opened: {error}. Allowed: a folder, or a URI such as s3://bucket/x."
-            )
+            store = open_named(key, uri)
+        except UserError as error:
+            problems += error.problems
             continue
         if store.is_local and (problem := _unwritable(key, Path(store.path))):
             problems.append(problem)

@@ -20,7 +20,9 @@ def find_prepared_corpus(recipe: Recipe, recipe_path: str) -> tuple[Store, Manif
     mark = open_workspace(recipe).mark("corpus")
     if mark is not None and mark.finished and open_store(mark.outputs["path"]).exists(MANIFEST_NAME):
         store = open_store(mark.outputs["path"])
-        return store, load_manifest(store)
+        manifest = load_manifest(store)
+        if _fits(recipe, manifest):  # an override may ask for another than the run's
+            return store, manifest
     folder = open_store(recipe.corpus.path)
     prepared = [folder.child(name) for name in folder.list() if folder.exists(f"{name}/{MANIFEST_NAME}")]
     manifests = [(store, load_manifest(store)) for store in prepared]

@@ -10,10 +10,10 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from orchestrator.cluster_fit import Demand, cluster_problems, training_demands
 from orchestrator.console import Console
 from orchestrator.head_watch import HeadLostError, HeadWatch
 from orchestrator.recipe import Recipe
@@ -49,50 +49,14 @@ _QUIET_ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
-class ClusterFindings:
-    """What only the cluster can tell: problems stop the run, warnings do not."""
-
-    problems: list[str]
-    warnings: list[str]
-
-
-def cluster_problems(recipe: Recipe, resources: dict[str, float], autoscaling: bool = False) -> ClusterFindings:
-    """Whether a cluster holds what a recipe asks. `resources` as `ray.cluster_resources()` gives them.
-
-    A cluster that grows by itself may get what it lacks, so there it is a warning.
-    """
-    engine = recipe.engine
-    key = "engine.workers" if isinstance(engine.workers, int) else "engine.workers.min"
-    found = []
-    for kind, each, knob in (
-        ("CPU", engine.cpus_per_worker, "cpus_per_worker"),
-        ("GPU", engine.gpus_per_worker, "gpus_per_worker"),
-    ):
-        there, wanted = resources.get(kind, 0.0), each * engine.least_workers
-        if wanted > there + 1e-9:
-            possible = math.floor(there / each + 1e-9)
-            remedy = f"Set {key}={possible}" if possible else f"Set engine.{knob} to at most {there:g}"
-            found.append(
-                f"{key} = {engine.least_workers} with engine.{knob} = {each:g} need {wanted:g} {kind}s; the "
-                f"cluster has {there:g}. {remedy}, or add nodes."
-            )
-        elif kind == "CPU" and wanted > there - 1 + 1e-9:
-            fitting = max(0.1, math.floor((there - 1) / engine.least_workers * 10) / 10)
-            found.append(
-                f"{key} = {engine.least_workers} with engine.cpus_per_worker = {each:g} take {wanted:g} of the "
-                f"cluster's {there:g} CPUs and leave less than the one that reading data needs, so training would wait "
-                f"for ever. Set engine.cpus_per_worker={fitting:g}, or add nodes."
-            )
-    return ClusterFindings([], found) if autoscaling else ClusterFindings(found, [])
-
-
 def logical_cpus(recipe: Recipe, runs_at_once: int = 1) -> int:
     """CPUs that an embedded Ray declares: enough for the workers, the actors and reading, whatever the machine has.
 
     They are for scheduling alone. With fewer, workers hold every CPU and the read tasks they wait for never start.
     """
-    wanted = recipe.engine.most_workers * recipe.engine.cpus_per_worker + CPU_FOR_ACTORS + CPU_FOR_DATA
+    compared = recipe.comparison.workers if recipe.comparison is not None else None
+    workers = max(recipe.engine.most_workers, compared or 0)
+    wanted = workers * recipe.engine.cpus_per_worker + CPU_FOR_ACTORS + CPU_FOR_DATA
     return max(os.cpu_count() or 1, math.ceil(runs_at_once * wanted))
 
 
@@ -103,7 +67,9 @@ class RaySession:
         recipe: What the cluster has to hold.
         verbose: Let Ray's and the workers' own output through.
         dashboard: Serve Ray's dashboard where Ray is embedded (a cluster has its own).
-        runs_at_once: Runs of such a recipe that go on beside each other, for which an embedded Ray declares CPUs.
+        runs_at_once: Runs of such a recipe that go on beside each other, for which an embedded Ray declares CPUs; with
+            none it declares the machine's own.
+        demands: What of the recipe the job wants of the cluster at the same time; by default its training.
         on_lost: Told why in a thread of its own where Ray's head is gone; the main thread may wait for Ray for ever.
     """
 
@@ -112,12 +78,15 @@ class RaySession:
         recipe: Recipe,
         verbose: bool = False,
         dashboard: bool = False,
+        *,
         runs_at_once: int = 1,
+        demands: Callable[[Recipe], list[Demand]] = training_demands,
         on_lost: Callable[[str], None] | None = None,
     ) -> None:
         self.logical_cpus = logical_cpus(recipe, runs_at_once)
         self.recipe, self.verbose, self.dashboard = recipe, verbose, dashboard
         self.is_embedded = os.environ.get(ADDRESS_VARIABLE, "local") in ("", "local")
+        self._demands = demands
         self._started = False
         self._on_lost = on_lost
         self._watch: HeadWatch | None = None
@@ -203,8 +172,9 @@ class RaySession:
     def _check(self, console: Console) -> None:
         import ray
 
-        findings = cluster_problems(self.recipe, ray.cluster_resources(), _is_autoscaling())
-        for warning in [*findings.warnings, *_folder_warnings(self.recipe, self.is_embedded, len(ray.nodes()))]:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        findings = cluster_problems(self._demands(self.recipe), nodes, _is_autoscaling())
+        for warning in [*findings.warnings, *_folder_warnings(self.recipe, self.is_embedded, len(nodes))]:
             console.warn(warning)
         if findings.problems:
             raise UserError(findings.problems)

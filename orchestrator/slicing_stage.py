@@ -6,21 +6,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from actors.held_out_losses import measure_losses
 from actors.run_log import RunLog
 from actors.slicing import SlicingSettings, slice_on_cluster
 from orchestrator.calibration_text import calibration_settings
 from orchestrator.console import format_duration
 from orchestrator.plan_text import format_bytes
+from orchestrator.scoring_settings import task_resources
 from orchestrator.sliced_model import kept_sizes, residual_parameters
 from orchestrator.stage import Context
-from orchestrator.stages import score_protocol, source_model, task_resources
+from orchestrator.stages import score_protocol, source_model
 from shearing.models.directories import local_directory, publish_directory
 from shearing.models.family import shape_of
 from shearing.models.loading import read_config
 from shearing.models.parameters import count_parameters
 from shearing.pruning.slicing.full_size import write_rotated_model
 from shearing.pruning.slicing.job import LayerReport
+from shearing.storage import open_store
 from shearing.training.engine import DTYPES
 from shearing.training.export import AGREEMENT_NATS, with_mean
 
@@ -63,13 +67,17 @@ def run_slicing(context: Context) -> dict[str, Any]:
             f"the dense model and the one rotated at full size differ by {outputs['largest_difference']:.2g} nats a "
             f"token; at most {outputs['agreement_tolerance']:g} is rounding. Do not use this model."
         )
+    open_store(settings.work).delete()  # a stop in one of the measurements costs no layer
     return outputs
 
 
 def rotation_agreement(proof: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Whether the dense model and the one rotated at full size are one, by their loss in every domain."""
     dense, rotated = proof["dense"]["domains"], proof["rotated"]["domains"]
-    largest, tolerance = max(abs(dense[domain] - rotated[domain]) for domain in dense), AGREEMENT_NATS[dtype]
+    tolerance = AGREEMENT_NATS[dtype]
+    largest = float(
+        np.max([abs(dense[domain] - rotated[domain]) for domain in dense])
+    )  # NaN where one is: max skips it
     return {"largest_difference": largest, "agreement_tolerance": tolerance, "agrees": largest <= tolerance}
 
 
@@ -114,5 +122,5 @@ def _rotated(context: Context) -> dict[str, Any]:
 
 
 def _measured(context: Context, model: str) -> dict[str, Any]:
-    losses = measure_losses(model, score_protocol(context), **task_resources(context))
+    losses = measure_losses(model, score_protocol(context), **task_resources(context.recipe))
     return with_mean({domain: losses[domain] for domain in context.recipe.corpus.domains})

@@ -8,13 +8,15 @@ from actors.run_log import RunLog
 from actors.sparsifying import SparsifyingSettings, sparsify_on_cluster
 from orchestrator.calibration_text import calibration_settings
 from orchestrator.console import format_duration
+from orchestrator.scoring_settings import task_resources
 from orchestrator.stage import Context
-from orchestrator.stages import score_protocol, source_model, task_resources
+from orchestrator.stages import score_protocol, source_model
 from shearing.models.directories import local_directory
 from shearing.models.family import shape_of
 from shearing.models.loading import read_config
 from shearing.models.parameters import count_parameters
 from shearing.pruning.sparsity.layers import LinearRecord
+from shearing.storage import open_store
 from shearing.training.export import with_mean
 
 
@@ -30,13 +32,14 @@ def run_sparsifying(context: Context) -> dict[str, Any]:
         calibration=calibration_settings(context, recipe.sparsifying.calibration.sequences),
     )
     record = sparsify_on_cluster(settings, _shown(context), context.console.note)
-    losses = with_mean(measure_losses(destination, score_protocol(context), **task_resources(context)))
+    losses = with_mean(measure_losses(destination, score_protocol(context), **task_resources(context.recipe)))
     config = read_config(local_directory(source))
     parameters = count_parameters(config)
     context.console.note(
         f"{100 * record['achieved_fraction']:.2f} % of {record['weights']:,} weights are 0, {record['pattern']} by "
         f"{record['method']}; mean loss {losses['mean']:.4f} nats a token"
     )
+    open_store(settings.work).delete()  # a stop in the measurement costs no layer
     return {
         "model": destination,
         "losses": losses,

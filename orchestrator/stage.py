@@ -1,5 +1,7 @@
 """One stage of a run: what it rests on, what it does, and when it is done."""
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ FREE_KEYS = (
     "engine.micro_batch_sequences", "engine.activation_checkpointing", "engine.max_failures", "watchdog.*", "trackers",
     "comparison.workers", "comparison.at_once", "hardware", "hardware.*",
 )  # fmt: skip
+KEEP_SECONDS_EVERY_S = 30.0
 
 
 @dataclass
@@ -135,12 +138,32 @@ def run_stage(stage: Stage, context: Context) -> Mark:
     if stage.needs_ray:
         context.session.start(context.console)
     started = time.monotonic()
-    try:
+    with _seconds_kept(context.workspace, mark, started):
         outputs = stage.run(context)
-    except BaseException:
-        context.workspace.interrupted(mark, time.monotonic() - started)
-        raise
     return context.workspace.finish(mark, outputs, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _seconds_kept(workspace: Workspace, mark: Mark, started: float) -> Iterator[None]:
+    """Keep the time that an attempt takes, now and then while it goes on: its process may die without a word."""
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(KEEP_SECONDS_EVERY_S):
+            with contextlib.suppress(OSError):  # the next time will tell
+                workspace.interrupted(mark, time.monotonic() - started)
+
+    keeping = threading.Thread(target=keep, name="seconds-spent", daemon=True)
+    keeping.start()
+    try:
+        yield
+    except BaseException:
+        over.set()
+        keeping.join()
+        workspace.interrupted(mark, time.monotonic() - started)
+        raise
+    over.set()
+    keeping.join()  # or it might write over the mark of the finished stage
 
 
 def finished_context(stages: Sequence[Stage], context: Context) -> Context | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.named_files import model_contents
 from orchestrator.recipe import Recipe
+from orchestrator.scoring_settings import protocol_of, task_resources
 from orchestrator.source_model import result_parameters
 from orchestrator.stage import Context, Stage
 from orchestrator.workspace import fingerprint
@@ -61,7 +62,7 @@ def _references(context: Context) -> dict[str, Any]:
     if references.kind == "source":
         from actors.held_out_losses import measure_losses
 
-        measured = measure_losses(source_model(context), score_protocol(context), **task_resources(context))
+        measured = measure_losses(source_model(context), score_protocol(context), **task_resources(context.recipe))
         losses, warnings, errors = {name: measured[name] for name in domains}, [], {}
     else:
         from shearing.data.references import load_references
@@ -124,7 +125,7 @@ def _scores(context: Context) -> dict[str, Any]:
         if stage in context.outputs:
             models[name] = store.child(folder).uri
     result = "recovered" if "recovered" in models else smaller
-    scores = score_models(models, score_protocol(context), ("source", result), **task_resources(context))
+    scores = score_models(models, score_protocol(context), ("source", result), **task_resources(context.recipe))
     for name, entry in scores["models"].items():
         context.console.note(
             f"{name}: {entry['parameters']:,} parameters, mean loss {entry['mean_loss']:.4f} nats a token"
@@ -153,26 +154,7 @@ def smaller_folder(recipe: Recipe) -> str:
 
 def score_protocol(context: Context) -> Any:
     """How every model of this run is scored."""
-    from shearing.evaluation.scoring import ScoreProtocol
-    from shearing.evaluation.throughput import Load
-
-    recipe = context.recipe
-    return ScoreProtocol(
-        corpus_uri=context.outputs["corpus"]["path"],
-        sequences_per_domain=recipe.evaluation.sequences_per_domain,
-        batch_sequences=recipe.engine.micro_batch_sequences,
-        load=Load(recipe.scores.prompt_tokens, recipe.scores.decode_tokens, recipe.scores.batch_sequences),
-        dtype=recipe.engine.dtype,
-        device="cuda" if recipe.engine.gpus_per_worker else "cpu",
-        threads=max(1, int(recipe.engine.cpus_per_worker)),
-        trust_remote_code=recipe.source.trust_remote_code,
-    )
-
-
-def task_resources(context: Context) -> dict[str, float]:
-    """CPUs and GPUs of a task that holds one model: what one worker has, on one GPU at most."""
-    engine = context.recipe.engine
-    return {"cpus": engine.cpus_per_worker, "gpus": min(1.0, engine.gpus_per_worker)}
+    return protocol_of(context.recipe, context.outputs["corpus"]["path"])
 
 
 def _holds(file: str) -> Any:

@@ -9,9 +9,10 @@ from actors.held_out_losses import measure_losses
 from actors.training import PhaseResult, run_phase
 from orchestrator.console import format_duration
 from orchestrator.phases import choosing_config, export_config, phase_config
+from orchestrator.scoring_settings import task_resources
 from orchestrator.source_model import trained_source_config
 from orchestrator.stage import Context
-from orchestrator.stages import score_protocol, smaller_folder, source_model, task_resources
+from orchestrator.stages import score_protocol, smaller_folder, source_model
 from orchestrator.time_forecast import step_forecasts
 from shearing.data.manifest import TOKENIZER_FOLDER
 from shearing.data.tokenizing import TOKENIZER_FILES
@@ -49,7 +50,7 @@ def _choose(context: Context, method: str) -> dict[str, Any]:
         destination=context.workspace.store.child("chosen").uri,
         corpus=context.outputs["corpus"]["path"],
     )
-    outputs = choose_on_cluster(config, **task_resources(context))
+    outputs = choose_on_cluster(config, **task_resources(context.recipe))
     context.console.note(f"chosen by {method} in {format_duration(outputs['seconds'])}, without mask learning")
     return outputs
 
@@ -60,8 +61,8 @@ def run_extraction(context: Context) -> dict[str, Any]:
     destination = context.workspace.store.child("pruned").uri
     config = _export_config(context, pruning["checkpoint"], source_model(context), destination)
     config = config.model_copy(update={"pruning": context.recipe.pruning})
-    outputs = extract_on_cluster(config, **task_resources(context))
-    reloaded = measure_losses(destination, score_protocol(context), **task_resources(context))
+    outputs = extract_on_cluster(config, **task_resources(context.recipe))
+    reloaded = measure_losses(destination, score_protocol(context), **task_resources(context.recipe))
     outputs["proof"]["reloaded"] = with_mean(reloaded)
     outputs |= agreement(outputs["proof"], config.dtype)
     outputs |= {key: pruning[key] for key in ("converged", "gaps", "missed")}
@@ -120,7 +121,7 @@ def _export_config(context: Context, checkpoint: str, source: str, destination: 
 def _export(context: Context, result: PhaseResult, source: str, folder: str) -> dict[str, Any]:
     destination = context.workspace.store.child(folder).uri
     config = _export_config(context, result.checkpoint, source, destination)
-    return {"checkpoint": result.checkpoint} | export_on_cluster(config, **task_resources(context))
+    return {"checkpoint": result.checkpoint} | export_on_cluster(config, **task_resources(context.recipe))
 
 
 def _write_source_shape(context: Context) -> str:

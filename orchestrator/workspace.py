@@ -88,7 +88,7 @@ class Workspace:
         return done
 
     def interrupted(self, mark: Mark, seconds: float) -> None:
-        """Keep the time that a stopped attempt took, so that the stage's seconds count all attempts."""
+        """Keep the time that an attempt took so far, so that the stage's seconds count all attempts."""
         self._write(mark.model_copy(update={"seconds": (mark.seconds or 0.0) + seconds}))
 
     def marks(self) -> dict[str, Mark]:

@@ -7,34 +7,41 @@ A corpus that is there already is shown as it is.
 
 import argparse
 import sys
+from functools import partial
+from typing import TextIO
 
+from orchestrator.cluster_fit import no_demands
+from orchestrator.command import DONE, Command, end_without_ray, run_command
 from orchestrator.console import Console
 from orchestrator.ray_session import RaySession
-from orchestrator.recipe import Recipe
 from orchestrator.recipe_loading import load_recipe
+from orchestrator.stores import open_named
 from shearing.data.manifest import Manifest
 from shearing.data.raw_files import list_domains
 from shearing.errors import UserError
-from shearing.storage import Store
 
 COLUMNS = ("domain", "split", "documents", "sequences", "tokens", "text MB", "dropped tokens")
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line to options. Exits with status 2 for a wrong one."""
+def parse(arguments: list[str]) -> Command:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(description="Tokenise, pack and split the text of a recipe on all cores.")
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values laid over the recipe")
     parser.add_argument("--verbose", action="store_true", help="show what Ray says too")
-    return parser.parse_args(arguments)
+    found = parser.parse_args(arguments)
+    return Command(found.recipe, found.overrides, verbose=found.verbose)
 
 
-def prepare(recipe: Recipe, console: Console, verbose: bool) -> tuple[Store, Manifest]:
-    """The corpus of a recipe and its manifest. Raises UserError for what a user has to change."""
-    list_domains(recipe.corpus)  # what is not there is said before Ray takes its seconds to start
+def prepare(command: Command, console: Console, out: TextIO) -> int:
+    """Prepare the corpus of a recipe and print its table. Raises UserError for what a user has to change."""
+    recipe = load_recipe(command.recipe, command.overrides)
+    open_named("corpus.path", recipe.corpus.path)  # what cannot be had is said before Ray takes its seconds to start
+    list_domains(recipe.corpus)
     if recipe.source.model is None and recipe.source.train is None:
         raise UserError("source.model and source.train are both empty: the corpus needs a tokenizer. Set one of them.")
-    with RaySession(recipe, verbose=verbose) as session:
+    on_lost = partial(end_without_ray, console)
+    with RaySession(recipe, command.verbose, runs_at_once=0, demands=no_demands, on_lost=on_lost) as session:
         session.start(console)
         from actors.corpus import prepare_corpus
 
@@ -45,7 +52,9 @@ def prepare(recipe: Recipe, console: Console, verbose: bool) -> tuple[Store, Man
             assert recipe.source.train is not None
             console.note(f"learning a tokenizer of {recipe.source.train.tokenizer.vocab_size:,} tokens")
             tokenizer_dir = ensure_trained_tokenizer(recipe.corpus, recipe.source.train.tokenizer)
-        return prepare_corpus(recipe.corpus, tokenizer_dir, console.note)
+        store, manifest = prepare_corpus(recipe.corpus, tokenizer_dir, console.note)
+    out.write(f"{table(manifest)}\ncorpus: {store.uri}\n")
+    return DONE
 
 
 def table(manifest: Manifest) -> str:
@@ -73,20 +82,5 @@ def table(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Prepare and print the table. Returns the exit status: 2 for what a user has to change."""
-    options = parse(arguments)
-    console = Console(sys.stderr, verbose=options.verbose)
-    try:
-        store, manifest = prepare(load_recipe(options.recipe, options.overrides), console, options.verbose)
-    except UserError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
-        return 2
-    print(table(manifest))
-    print(f"corpus: {store.uri}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(parse(sys.argv[1:]), sys.stdout, sys.stderr, prepare))

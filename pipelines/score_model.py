@@ -17,22 +17,26 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from orchestrator.cluster_fit import scoring_demands
+from orchestrator.command import DONE, Command, end_without_ray, run_command
 from orchestrator.console import Console
 from orchestrator.prepared_corpus import find_prepared_corpus
 from orchestrator.ray_session import RaySession
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_loading import load_recipe
 from orchestrator.report_text import ABSENT, byte_size, nats, perplexity, whole
+from orchestrator.scoring_settings import inference_settings, protocol_of, task_resources
+from orchestrator.stores import open_named
 from shearing.errors import UserError
 from shearing.evaluation.config import TasksConfig, TextConfig
 from shearing.models.family import vocabulary_of
-from shearing.storage import open_store
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     """Command line to options. Exits with status 2 for a wrong one."""
     parser = argparse.ArgumentParser(description="Loss, perplexity, tasks, size and speed of a Hugging Face directory.")
     parser.add_argument("model", metavar="MODEL_DIR", help="Hugging Face directory, a path or a URI")
@@ -87,21 +91,9 @@ def asked_for(options: argparse.Namespace) -> tuple[TasksConfig | None, TextConf
         files = None if options.task_files is None else str(Path(options.task_files).absolute())
         tasks = TasksConfig(names=options.tasks, fewshot=options.fewshot, limit=options.limit, files=files)
     if options.text is not None:
-        file, bos = open_store(options.text).uri, options.bos == "yes"
+        file, bos = open_named("--text", options.text).uri, options.bos == "yes"
         text = TextConfig(file=file, window_tokens=options.window, stride_tokens=options.stride, bos=bos)
     return tasks, text
-
-
-def inference_of(recipe: Recipe) -> dict[str, Any]:
-    """How models are run by a recipe."""
-    engine = recipe.engine
-    return {
-        "batch_sequences": engine.micro_batch_sequences,
-        "dtype": engine.dtype,
-        "device": "cuda" if engine.gpus_per_worker else "cpu",
-        "threads": max(1, int(engine.cpus_per_worker)),
-        "trust_remote_code": recipe.source.trust_remote_code,
-    }
 
 
 def score(options: argparse.Namespace, recipe: Recipe, console: Console) -> dict[str, Any]:
@@ -109,7 +101,7 @@ def score(options: argparse.Namespace, recipe: Recipe, console: Console) -> dict
     tasks, text = asked_for(options)
     if tasks is None and text is None:
         return score_held_out(options, recipe, console)
-    folder, problems, found = open_store(options.model), [], {"model": options.model}
+    folder, problems, found = open_named("MODEL_DIR", options.model), [], {"model": options.model}
     if not folder.exists("config.json"):
         raise UserError(no_model(options.model))
     offline = os.environ["HF_HUB_OFFLINE"] != "0" if "HF_HUB_OFFLINE" in os.environ else options.task_files is not None
@@ -118,7 +110,7 @@ def score(options: argparse.Namespace, recipe: Recipe, console: Console) -> dict
     from shearing.evaluation.inference import Inference
     from shearing.evaluation.text_perplexity import plan_windows
 
-    inference = Inference(**inference_of(recipe))
+    inference, resources = Inference(**inference_settings(recipe)), task_resources(recipe)
     for check in (lambda: tasks and check_tasks(tasks), lambda: text and plan_windows(text, folder.uri, inference)):
         try:
             check()
@@ -126,8 +118,7 @@ def score(options: argparse.Namespace, recipe: Recipe, console: Console) -> dict
             problems += error.problems
     if problems:
         raise UserError(problems)
-    resources = {"cpus": recipe.engine.cpus_per_worker, "gpus": min(1.0, recipe.engine.gpus_per_worker)}
-    with RaySession(recipe, verbose=options.verbose) as session:
+    with scoring_session(options, recipe, console) as session:
         session.start(console)
         from actors.scoring import score_tasks, score_text
 
@@ -138,6 +129,12 @@ def score(options: argparse.Namespace, recipe: Recipe, console: Console) -> dict
     return found
 
 
+def scoring_session(options: argparse.Namespace, recipe: Recipe, console: Console) -> RaySession:
+    """Ray for one task at a time."""
+    on_lost = partial(end_without_ray, console)
+    return RaySession(recipe, options.verbose, demands=scoring_demands, on_lost=on_lost)
+
+
 def no_model(model: str) -> str:
     """The message about a folder that is no model."""
     return f"{model} holds no config.json; name a Hugging Face model directory"
@@ -145,7 +142,7 @@ def no_model(model: str) -> str:
 
 def score_held_out(options: argparse.Namespace, recipe: Recipe, console: Console) -> dict[str, Any]:
     """Scores and protocol on the recipe's corpus. Raises UserError, before Ray starts where it can."""
-    folder = open_store(options.model)
+    folder = open_named("MODEL_DIR", options.model)
     problems = []
     if not folder.exists("config.json"):
         problems.append(no_model(options.model))
@@ -155,23 +152,15 @@ def score_held_out(options: argparse.Namespace, recipe: Recipe, console: Console
         problems += error.problems
     if problems:
         raise UserError(problems)
-    with RaySession(recipe, verbose=options.verbose) as session:
-        from shearing.evaluation.scoring import ScoreProtocol, check_vocabulary
-        from shearing.evaluation.throughput import Load
+    with scoring_session(options, recipe, console) as session:
+        from shearing.evaluation.scoring import check_vocabulary
 
         check_vocabulary(options.model, vocabulary_of(folder.read_json("config.json")), manifest.tokenizer.vocab_size)
         session.start(console)
         from actors.scoring import score_models
 
-        engine, scores = recipe.engine, recipe.scores
-        protocol = ScoreProtocol(
-            corpus_uri=corpus.uri,
-            sequences_per_domain=recipe.evaluation.sequences_per_domain,
-            load=Load(scores.prompt_tokens, scores.decode_tokens, scores.batch_sequences),
-            **inference_of(recipe),
-        )
-        gpus = min(1.0, engine.gpus_per_worker)
-        found = score_models({"model": folder.uri}, protocol, ("model",), cpus=engine.cpus_per_worker, gpus=gpus)
+        protocol = protocol_of(recipe, corpus.uri)
+        found = score_models({"model": folder.uri}, protocol, ("model",), **task_resources(recipe))
     return {
         "model": options.model,
         "corpus": corpus.uri,
@@ -263,21 +252,20 @@ def held_out_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Score and print. Returns the exit status: 2 for what a user has to change."""
-    options = parse(arguments)
-    console = Console(sys.stderr, verbose=options.verbose)
-    try:
-        found = score(options, load_recipe(options.recipe, options.overrides), console)
-    except UserError as error:
-        console.close()
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
-        return 2
+def score_and_show(options: argparse.Namespace, command: Command, console: Console, out: TextIO) -> int:
+    """The job of the command line. Raises UserError for what a user has to change."""
+    found = score(options, load_recipe(command.recipe, command.overrides), console)
     console.close()
-    print(json.dumps(found, indent=2) if options.json else table(found))
-    return 0
+    out.write((json.dumps(found, indent=2) if options.json else table(found)) + "\n")
+    return DONE
+
+
+def main(arguments: list[str]) -> int:
+    """Score and print. Returns the exit status."""
+    options = parse(arguments)
+    command = Command(options.recipe, options.overrides, verbose=options.verbose)
+    return run_command(command, sys.stdout, sys.stderr, partial(score_and_show, options))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

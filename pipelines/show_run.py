@@ -12,8 +12,8 @@ import time
 
 from orchestrator.report_reading import without_nan
 from orchestrator.run_state import read_state, render_state
+from orchestrator.stores import open_named, unreadable
 from shearing.errors import UserError
-from shearing.storage import open_store
 
 CLEAR = "\033[H\033[2J"
 
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Show once, or until the run is done. Returns the exit status: 2 where there is no run."""
     options = parse(arguments)
     try:
-        workspace = open_store(options.workspace)
+        workspace = open_named("WORKSPACE", options.workspace)
         while True:
             state = read_state(workspace, time.time())
             if options.json:
@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except ValueError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(unreadable("WORKSPACE", options.workspace, error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 0

@@ -19,7 +19,7 @@ def measure(model_dir: str, protocol: ScoreProtocol, text: TextConfig | None) ->
 
     Raises:
         UserError: The model's vocabulary is smaller than the corpus' tokenizer, or the text cannot be read as asked.
-        ValueError: A domain holds nothing to measure on.
+        UserError: A domain holds nothing to measure on.
     """
     torch.set_num_threads(protocol.threads)
     corpus = open_store(protocol.corpus_uri)

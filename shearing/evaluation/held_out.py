@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from shearing.data.manifest import Split, load_manifest
+from shearing.errors import UserError
 from shearing.storage import Store
 
 
@@ -16,14 +17,14 @@ def held_out_sequences(corpus: Store, sequences_per_domain: int, split: Split = 
 
     Raises:
         FileNotFoundError: The corpus is not prepared.
-        ValueError: A domain holds no sequence in this split, or its shards hold fewer than the manifest says.
+        UserError: A domain holds no sequence in this split, or its shards hold fewer than the manifest says.
     """
     manifest = load_manifest(corpus)
     found = {}
     for domain, splits in manifest.domains.items():
         entry = splits.get(split)
         if entry is None or entry.sequences == 0:
-            raise ValueError(
+            raise UserError(
                 f"{domain} holds no sequence in its {split} split, so no loss can be measured on it; "
                 f"give it more text or raise corpus.split.{split}"
             )
@@ -33,7 +34,7 @@ def held_out_sequences(corpus: Store, sequences_per_domain: int, split: Split = 
             parts += _first_rows(corpus, shard.path, count, manifest.sequence_tokens) if count else []
         tokens_NT = np.concatenate(parts)
         if len(tokens_NT) < wanted:
-            raise ValueError(
+            raise UserError(
                 f"{corpus.uri}: {domain}/{split} holds {len(tokens_NT)} of {wanted} sequences; prepare again"
             )
         found[domain] = tokens_NT

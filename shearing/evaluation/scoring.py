@@ -69,7 +69,7 @@ def score(model_dir: str, protocol: ScoreProtocol) -> dict[str, Any]:
 
     Raises:
         UserError: The model's vocabulary is smaller than the corpus' tokenizer, or its positions too few.
-        ValueError: A domain holds nothing to measure on.
+        UserError: A domain holds nothing to measure on.
     """
     torch.set_num_threads(protocol.threads)
     corpus = open_store(protocol.corpus_uri)

@@ -122,6 +122,11 @@ class Shown:
             raise OSError("the tracker's server is gone")
         self.rows.append(("seen", row["step"]))
 
+    def close(self):
+        self.rows.append(("closed", None))
+        if self.fails_at == "end":
+            raise OSError("the tracker's server is gone")
+
 
 class TestWatchers:
     def test_see_every_row_and_are_told_what_was_before(self, workspace):
@@ -140,6 +145,25 @@ class TestWatchers:
         log = RunLog(workspace, "pruning", [missing, broken, sound])
         log.push([{"step": 1}, {"step": 2}, {"step": 3}])
         log.flush()
-        assert written(workspace) == [{"step": 1}, {"step": 2}, {"step": 3}]
-        assert broken.rows == [("seen", 1)]
-        assert [step for _, step in sound.rows] == [1, 2, 3]
+        assert [row for row in written(workspace) if "kind" not in row] == [{"step": 1}, {"step": 2}, {"step": 3}]
+        assert broken.rows == [("seen", 0), ("seen", 1)], "the missing one is told of first"
+        assert [step for _, step in sound.rows] == [0, 1, 2, 3, 2]
+
+    def test_one_that_fails_is_told_of(self, workspace):
+        # catches a tracker that says nothing for hours, and nobody knows that it has failed
+        log = RunLog(workspace, "pruning", [Shown(fails_at="start"), Shown(fails_at=2)])
+        log.ask_to_leave()
+        assert log.push([{"step": 1}, {"step": 2}])
+        events = [row for _, row in log.newer(0) if row.get("kind") == "event"]
+        assert [(event["step"], event["text"].split(": ", 1)[1]) for event in events] == [
+            (0, "ImportError: no such tracker here"),
+            (2, "OSError: the tracker's server is gone"),
+        ]
+        log.flush()
+        assert [row for row in written(workspace) if "kind" in row] == events
+
+    def test_are_closed_with_the_phase(self, workspace):
+        # catches a tracker whose run is shown as going on for ever, and one that fails before the others are closed
+        failing, sound = Shown(fails_at="end"), Shown()
+        RunLog(workspace, "pruning", [failing, sound]).close()
+        assert failing.rows == sound.rows == [("closed", None)]

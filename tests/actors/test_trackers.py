@@ -1,12 +1,14 @@
 """Trackers by the files that they leave, read with the trackers' own readers."""
 
 import math
+import sys
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 from test_metrics import CHECKPOINT, EVALUATION, RESUMED, START, STEP
 
-from actors.trackers import TRACKERS, TensorBoard, scalar_name
+from actors.trackers import TRACKERS, MLflow, TensorBoard, WeightsAndBiases, scalar_name
 from shearing.training.config import TrackerName
 
 
@@ -38,3 +40,33 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     spent = found.Tensors("spent_seconds/compute")
     assert math.isclose(spent[-1].tensor_proto.float_val[0], 4.5), "what was recalled counts"
     assert not [name for name in names if "unix_seconds" in name]
+
+
+def test_a_phase_that_goes_on_is_one_run_and_ends(monkeypatch):
+    """Catches a Weights & Biases run more for every stop, phases in one run, and runs that look as if they went on."""
+    begun, ended = [], []
+
+    def init(**options):
+        begun.append(options)
+        return SimpleNamespace(finish=lambda: ended.append(options["id"]))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for workspace, phase in (
+        ("runs/a", "pruning"),
+        ("runs/a", "pruning"),
+        ("runs/a", "recovery"),
+        ("runs/b", "pruning"),
+    ):
+        WeightsAndBiases(workspace, phase).close()
+    names = [options["id"] for options in begun]
+    assert names == ended
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+    assert {options["resume"] for options in begun} == {"allow"}
+    client = SimpleNamespace(set_terminated=ended.append)
+    client.create_run = lambda *_, **__: SimpleNamespace(info=SimpleNamespace(run_id="mlflow-7"))
+    experiment = SimpleNamespace(experiment_id="1")
+    mlflow = SimpleNamespace(tracking=SimpleNamespace(MlflowClient=lambda: client), set_experiment=lambda _: experiment)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    MLflow("runs/a", "pruning").close()
+    assert ended[-1] == "mlflow-7"

@@ -6,8 +6,10 @@ import threading
 import time
 
 import pytest
+import ray
 
 from actors import training
+from actors.run_log import RunLog
 
 
 def interrupt_after(seconds: float) -> None:
@@ -43,3 +45,21 @@ def test_what_the_phase_returns_or_raises_comes_back():
     assert training._in_thread(lambda: {"checkpoint": "last"}, lambda: None) == {"checkpoint": "last"}
     with pytest.raises(RuntimeError, match="as it was"):
         training._in_thread(lambda: (_ for _ in ()).throw(RuntimeError("as it was")), lambda: None)
+
+
+def test_trackers_are_closed_before_their_log_is_killed(ray_session, tmp_path):
+    """Catches a log that is killed with its trackers open, and an end that fails since the log is gone already."""
+
+    class Tracker:
+        def __init__(self, workspace_uri, _phase):
+            self.folder = workspace_uri
+
+        def close(self):
+            with open(f"{self.folder}/closed", "w") as file:
+                file.write("closed")
+
+    log = ray.remote(num_cpus=0)(RunLog).remote(str(tmp_path), "pruning", [Tracker])
+    training._close(log)
+    assert (tmp_path / "closed").exists()
+    ray.kill(log)
+    training._close(log)

@@ -5,7 +5,7 @@ import pytest
 from recipes_for_tests import tiny_recipe
 
 from orchestrator import ray_session
-from orchestrator.ray_session import cluster_problems, logical_cpus
+from orchestrator.ray_session import logical_cpus
 
 STARTED = """
 import io, signal, sys
@@ -57,35 +57,9 @@ def recipe(tmp_path):
     return lambda *overrides: tiny_recipe(tmp_path, *overrides)
 
 
-def test_a_cluster_that_holds_the_workers_is_enough(recipe):
-    assert cluster_problems(recipe(), {"CPU": 2.0}).problems == []
-
-
-def test_more_workers_than_the_cluster_has_are_refused(recipe):
-    """Ray waits for resources for ever, or fails after a minute with a timeout that names no knob."""
-    (problem,) = cluster_problems(recipe("engine.workers=8", "engine.cpus_per_worker=2"), {"CPU": 8.0}).problems
-    assert "need 16 CPUs; the cluster has 8. Set engine.workers=4, or add nodes." in problem
-
-
-def test_gpus_are_asked_of_the_cluster(recipe):
-    (problem,) = cluster_problems(recipe("engine.gpus_per_worker=1"), {"CPU": 8.0}).problems
-    assert "need 2 GPUs; the cluster has 0. Set engine.gpus_per_worker to at most 0" in problem
-
-
-def test_workers_that_take_every_cpu_are_refused(recipe):
-    """Read tasks need one CPU: without it training waits for data for ever."""
-    (problem,) = cluster_problems(recipe("engine.cpus_per_worker=1"), {"CPU": 2.0}).problems
-    assert "Set engine.cpus_per_worker=0.5" in problem
-
-
-def test_a_cluster_that_grows_is_only_warned_about(recipe):
-    found = cluster_problems(recipe("engine.workers=8"), {"CPU": 1.0}, autoscaling=True)
-    assert found.problems == []
-    assert len(found.warnings) == 1
-
-
 def test_an_embedded_ray_declares_enough_for_everyone(recipe):
     assert logical_cpus(recipe("engine.workers=3", "engine.cpus_per_worker=2")) >= 3 * 2 + 2 + 2
+    assert logical_cpus(recipe("comparison.workers=9", "engine.cpus_per_worker=2")) >= 9 * 2 + 2 + 2
 
 
 def test_a_session_starts_once_quietly_and_ends(tmp_path, recipe):

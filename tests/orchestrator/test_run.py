@@ -1,9 +1,10 @@
 import io
+import time
 
 import pytest
 from recipes_for_tests import tiny_recipe
 
-from orchestrator import run
+from orchestrator import run, stage
 from orchestrator.comparison_stages import COMPARISON_STAGES
 from orchestrator.console import Console
 from orchestrator.ray_session import RaySession
@@ -111,6 +112,31 @@ def test_work_in_progress_on_other_outputs_is_never_continued(journal, tmp_path)
     journal.go(tiny_recipe(tmp_path))
     with pytest.raises(UserError, match="outputs of stage first"):
         journal.go(tiny_recipe(tmp_path, "corpus.text_field=body"))
+
+
+def test_time_is_kept_while_it_is_spent(journal, tmp_path, monkeypatch):
+    """An attempt whose process was killed did not count: the last one's time was told as the whole."""
+    monkeypatch.setattr(stage, "KEEP_SECONDS_EVERY_S", 0.01)
+    recipe = tiny_recipe(tmp_path)
+    workspace, seen = open_workspace(recipe), []
+
+    def work(_context):
+        before = workspace.mark("long").seconds or 0
+        while (workspace.mark("long").seconds or 0) <= before:
+            time.sleep(0.01)
+        seen.append(workspace.mark("long").seconds)  # what is known should the process die now
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        return {}
+
+    stages = [Stage("long", "long", ("corpus",), (), work, needs_ray=False)]
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, Console(io.StringIO()), RaySession(recipe), stages)
+    kept = workspace.mark("long").seconds
+    run_recipe(recipe, Console(io.StringIO()), RaySession(recipe), stages)
+    done = workspace.mark("long")
+    assert 0 < seen[0] <= kept < seen[1] <= done.seconds
+    assert done.finished is not None
 
 
 def test_scratch_is_a_stage_only_where_asked(tmp_path):

@@ -38,7 +38,8 @@ def run(recipe, *overrides):
 
 def test_a_recipe_becomes_a_corpus_and_a_table(recipe, tmp_path):
     """Bugs: the script does not run outside the repository; the table is of another corpus; Ray's chatter drowns it."""
-    result = run(recipe)
+    # what training takes of a cluster is not asked of the machine that cuts the text
+    result = run(recipe, "engine.workers=16", "engine.gpus_per_worker=1")
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
     assert [row[:2] for row in rows[1:4]] == [["prose", "eval"], ["prose", "prune"], ["prose", "train"]]
@@ -53,4 +54,20 @@ def test_what_a_user_can_mend_ends_with_status_2(recipe):
     result = run(recipe, "corpus.domains.prose.text=/no/such/folder")
     assert result.returncode == 2
     assert "corpus.domains.prose.text: '/no/such/folder' does not exist" in result.stderr
+    assert "Traceback" not in result.stderr
+    result = run(recipe, "corpus.path=gopher://host/corpora")
+    assert result.returncode == 2
+    assert "cannot open 'gopher://host/corpora'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_preparation_that_is_stopped_says_so(recipe):
+    """Bug: Ctrl-C ends in a traceback out of Ray."""
+    program = "import sys; sys.argv = sys.argv[1:]; import runpy, shearing.data.raw_files as files\n"
+    program += "def stop(_): raise KeyboardInterrupt\n"
+    program += "files.list_domains = stop; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", program, SCRIPT, recipe]
+    result = subprocess.run(command, cwd=recipe.parent, check=False, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 130
+    assert "stopped by SIGINT" in result.stderr
     assert "Traceback" not in result.stderr

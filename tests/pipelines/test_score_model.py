@@ -72,6 +72,7 @@ def test_a_recipe_with_a_mistake_is_refused(folder):
     """Overrides that are not read, or read without checking."""
     assert "scores.promt_tokens" in refused(run(folder, "model", "recipe.yaml", "scores.promt_tokens=8"))
     assert "no recipe" in refused(run(folder, "model", "recip.yaml"))
+    assert "cannot open 'gopher://host/model'" in refused(run(folder, "gopher://host/model", "recipe.yaml"))
 
 
 def test_two_corpora_are_ambiguous(folder):
@@ -92,6 +93,8 @@ def test_the_runs_own_corpus_comes_first(folder):
     (folder / "runs/scored/stages").mkdir(parents=True)
     (folder / "runs/scored/stages/corpus.json").write_text(json.dumps(mark))
     assert "tokenizer of 4,000" in refused(run(folder, "model", "recipe.yaml"))
+    # scores on sequences of another length than asked for
+    assert "sequences of 32 tokens" in refused(run(folder, "model", "recipe.yaml", "corpus.sequence_tokens=32"))
 
 
 def test_a_vocabulary_too_small_is_refused(folder):

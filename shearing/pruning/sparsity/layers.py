@@ -66,7 +66,8 @@ class FinishedLayers:
         folder: Made if it is not there; emptied where it holds layers of other inputs.
         source: The source model's directory.
         config: What is asked for.
-        calibration: The name of the calibration text, from `text_digest`; None without.
+        calibration: The name of the calibration text, from `text_digest`, and of the type that it is looked at in; None
+            without.
     """
 
     def __init__(self, folder: Path, source: str | Path, config: SparsityConfig, calibration: str | None) -> None:

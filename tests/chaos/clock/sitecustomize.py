@@ -12,5 +12,14 @@ def offset_s() -> int:
         return int(file.read() or 0)
 
 
-time.time = lambda: true_time() + offset_s()
-time.time_ns = lambda: true_time_ns() + offset_s() * 10**9
+def moved_time() -> float:
+    return true_time() + offset_s()
+
+
+def moved_time_ns() -> int:
+    return true_time_ns() + offset_s() * 10**9
+
+
+for moved, name in ((moved_time, "time"), (moved_time_ns, "time_ns")):
+    moved.__module__, moved.__name__, moved.__qualname__ = "time", name, name  # so it is pickled as time.time is
+    setattr(time, name, moved)

@@ -4,6 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shearing.data.manifest import Manifest, ShardEntry, SplitEntry, TokenizerEntry
+from shearing.errors import UserError
 from shearing.evaluation.held_out import held_out_sequences
 from shearing.storage import open_store
 
@@ -71,5 +72,5 @@ def test_says_which_domain_is_empty(corpus):
     manifest = corpus.read_json("manifest.json")
     manifest["domains"]["code"]["eval"] |= {"sequences": 0, "shards": []}
     corpus.write_json("manifest.json", manifest)
-    with pytest.raises(ValueError, match=r"code holds no sequence in its eval split"):
+    with pytest.raises(UserError, match=r"code holds no sequence in its eval split"):
         held_out_sequences(corpus, 4)
