@@ -19,10 +19,10 @@ def measured(tmp_path):
     config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, initializer_range=0.5)
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "model")
-    expected = {}
+    expected, read = {}, {"wiki": [0, 1, 3, 4], "code": [0, 1, 2, 3]}  # the first ones of each shard
     with torch.no_grad():
         for domain, tokens_NT in tokens.items():
-            rows = [torch.from_numpy(row.astype("int64"))[None] for row in tokens_NT[:4]]
+            rows = [torch.from_numpy(row.astype("int64"))[None] for row in tokens_NT[read[domain]]]
             expected[domain] = sum(float(model(input_ids=row, labels=row).loss) for row in rows) / len(rows)
     protocol = ScoreProtocol(store.uri, sequences_per_domain=4, batch_sequences=3, load=Load(4, 2))
     return str(tmp_path / "model"), protocol, expected
