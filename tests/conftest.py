@@ -1,4 +1,5 @@
 import contextlib
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from orchestrator.phases import phase_config
 from orchestrator.recipe_loading import load_recipe
 from shearing.training.phase import PhaseConfig, PhaseName
 
+# a shell that runs the tests in the background has Ctrl-C ignored, also by what they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # a busy machine is no fault of the code: nothing here is asked to be fast
 hypothesis.settings.register_profile("shear", deadline=None)
 hypothesis.settings.load_profile("shear")

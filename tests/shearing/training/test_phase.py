@@ -218,6 +218,7 @@ def save_with_repeated_draws(rank, world, phase, folder):
     for report in training_reports(trainer):
         if report["step"] == 1:
             break
+    trainer.stream.rank = rank
     try:
         save_all(trainer, folder)
     except SequenceRepeatedError as error:
