@@ -203,9 +203,9 @@ def fill_disk(scene: Scene) -> Struck:
 
 def jump(scene: Scene) -> Struck:
     """The wall clock of all the run's Python processes goes an hour on, or back."""
-    offset = ("3600", "-3600")[scene.fault.pick % 2]
-    scene.clock.write_text(offset)
-    return f"wall clock to {offset} s"
+    offset_s = int(scene.clock.read_text()) + (3600, -3600)[scene.fault.pick % 2]
+    scene.clock.write_text(str(offset_s))
+    return f"wall clock to {offset_s:+} s"
 
 
 @dataclass(frozen=True)
