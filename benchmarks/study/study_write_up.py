@@ -279,7 +279,8 @@ def _loss_from(results: Results, figures: Path) -> str:
 
 def _least(results: Results, prefix: str, key: str) -> str:
     """Of all seeds: what else the machine did only ever adds to the time."""
-    return f"{min(result[key] for result in of_seeds(results, prefix).values()):.0f}"
+    seconds = [result[key] for result in of_seeds(results, prefix).values()]
+    return spread([min(seconds)] if seconds else [], 0)
 
 
 def _evaluation_share(results: Results, prefix: str) -> str:
