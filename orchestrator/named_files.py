@@ -65,26 +65,26 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield from ((f"corpus.domains.{name}.text", text) for text in texts if not is_installed_text(text))
 
 
-def named_contents(recipe: Recipe) -> dict[str, str]:
-    """Key -> digest of the file behind it, for every key that names one file whose text shapes what comes out."""
+def named_files(recipe: Recipe) -> dict[str, str]:
+    """Key -> file, for every key that names one file whose text shapes what comes out."""
     text = recipe.comparison.text if recipe.comparison is not None else None
     files = {"references.file": recipe.references.file, "comparison.text.file": None if text is None else text.file}
     if recipe.mixture.is_path:
         module = find_module(recipe.mixture.rule.partition(":")[0])
         files["mixture.rule"] = module.origin if module is not None else None
-    return {key: _digest(file) for key, file in files.items() if file is not None}
+    return {key: file for key, file in files.items() if file is not None}
 
 
 def model_contents(folder: Store) -> dict[str, str]:
     """Name -> digest of every JSON file of a model directory, and of both ends of every weight file."""
     return {
-        name: _digest(folder.child(name).uri, END_BYTES if name.endswith(".safetensors") else None)
+        name: file_digest(folder.child(name).uri, END_BYTES if name.endswith(".safetensors") else None)
         for name in folder.list()
         if name.endswith((".safetensors", ".json"))
     }
 
 
-def _digest(uri: str, end_bytes: int | None = None) -> str:
+def file_digest(uri: str, end_bytes: int | None = None) -> str:
     """16 hex digits of a file, or of its size and ends; `absent` where there is none."""
     found = hashlib.sha256()
     try:

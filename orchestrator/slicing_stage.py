@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from actors.held_out_losses import measure_losses
 from actors.run_log import RunLog
 from actors.slicing import SlicingSettings, slice_on_cluster
@@ -26,7 +24,7 @@ from shearing.pruning.slicing.full_size import write_rotated_model
 from shearing.pruning.slicing.job import LayerReport
 from shearing.storage import open_store
 from shearing.training.engine import DTYPES
-from shearing.training.export import AGREEMENT_NATS, with_mean
+from shearing.training.export import agreement, with_mean
 
 PROOF_FOLDER = "rotated"
 
@@ -73,12 +71,7 @@ def run_slicing(context: Context) -> dict[str, Any]:
 
 def rotation_agreement(proof: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Whether the dense model and the one rotated at full size are one, by their loss in every domain."""
-    dense, rotated = proof["dense"]["domains"], proof["rotated"]["domains"]
-    tolerance = AGREEMENT_NATS[dtype]
-    largest = float(
-        np.max([abs(dense[domain] - rotated[domain]) for domain in dense])
-    )  # NaN where one is: max skips it
-    return {"largest_difference": largest, "agreement_tolerance": tolerance, "agrees": largest <= tolerance}
+    return agreement(proof, dtype, ("dense", "rotated"))
 
 
 def _shown(context: Context, kept: list[int]) -> Any:

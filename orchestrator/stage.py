@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.console import Console, format_duration
-from orchestrator.named_files import named_contents
+from orchestrator.named_files import file_digest, named_files
 from orchestrator.recipe import Recipe
 from orchestrator.workspace import Mark, Workspace, fingerprint
 from shearing.data.manifest import Manifest, load_manifest
@@ -87,7 +87,7 @@ class Stage:
 
     def given(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
         """What goes in besides earlier stages; `files` only where the recipe names any."""
-        files = {key: text for key, text in named_contents(recipe).items() if _under(key, self.keys)}
+        files = {key: file_digest(file) for key, file in named_files(recipe).items() if _under(key, self.keys)}
         return {"recipe": self.recipe_inputs(recipe)} | ({"files": files} if files else {})
 
 
@@ -156,14 +156,14 @@ def _seconds_kept(workspace: Workspace, mark: Mark, started: float) -> Iterator[
     keeping = threading.Thread(target=keep, name="seconds-spent", daemon=True)
     keeping.start()
     try:
-        yield
+        try:
+            yield
+        finally:
+            over.set()
+            keeping.join()  # or it might write over what is written of the stage now
     except BaseException:
-        over.set()
-        keeping.join()
         workspace.interrupted(mark, time.monotonic() - started)
         raise
-    over.set()
-    keeping.join()  # or it might write over the mark of the finished stage
 
 
 def finished_context(stages: Sequence[Stage], context: Context) -> Context | None:

@@ -18,8 +18,8 @@ def measure(model_dir: str, protocol: ScoreProtocol, text: TextConfig | None) ->
     """Losses of one model sequence by sequence, its parameters that are not zero, and its perplexity on a text.
 
     Raises:
-        UserError: The model's vocabulary is smaller than the corpus' tokenizer, or the text cannot be read as asked.
-        UserError: A domain holds nothing to measure on.
+        UserError: The model's vocabulary is smaller than the corpus' tokenizer, the text cannot be read as asked,
+            or a domain holds nothing to measure on.
     """
     torch.set_num_threads(protocol.threads)
     corpus = open_store(protocol.corpus_uri)

@@ -68,8 +68,8 @@ def score(model_dir: str, protocol: ScoreProtocol) -> dict[str, Any]:
     """Scores of one model, speed apart. Call it in a fresh process: memory is measured as this process's growth.
 
     Raises:
-        UserError: The model's vocabulary is smaller than the corpus' tokenizer, or its positions too few.
-        UserError: A domain holds nothing to measure on.
+        UserError: The model's vocabulary is smaller than the corpus' tokenizer, its positions too few,
+            or a domain holds nothing to measure on.
     """
     torch.set_num_threads(protocol.threads)
     corpus = open_store(protocol.corpus_uri)

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,14 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 parameters[name].copy_(tensors[name])
 
 
-def agreement(proof: dict[str, dict[str, Any]], dtype: str) -> dict[str, Any]:
-    """Whether masked at the exact target, extracted and reloaded are one model, by their loss in every domain."""
-    names = ("exact_target", "extracted", "reloaded")
-    losses = [[proof[name]["domains"][domain] for name in names] for domain in proof["extracted"]["domains"]]
+def agreement(
+    proof: Mapping[str, Any], dtype: str, names: Sequence[str] = ("exact_target", "extracted", "reloaded")
+) -> dict[str, Any]:
+    """Whether the models of these names are one, by their loss in every domain; what is no number agrees with nothing.
+
+    By default masked at the exact target, extracted and reloaded.
+    """
+    losses = [[proof[name]["domains"][domain] for name in names] for domain in proof[names[0]]["domains"]]
     finite = all(math.isfinite(loss) for of_domain in losses for loss in of_domain)  # `max` passes over a NaN
     largest = max(max(of_domain) - min(of_domain) for of_domain in losses) if finite else math.inf
     tolerance = AGREEMENT_NATS[dtype]

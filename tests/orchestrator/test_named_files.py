@@ -11,7 +11,7 @@ from recipes_for_tests import tiny_recipe, write_model, write_weights
 import orchestrator.named_files
 from orchestrator.console import Console
 from orchestrator.methods import METHODS
-from orchestrator.named_files import WRITTEN_FOLDERS, named_contents
+from orchestrator.named_files import WRITTEN_FOLDERS, named_files
 from orchestrator.preflight import preflight
 from orchestrator.stage import Context, run_stage
 from orchestrator.stages import PRUNING, SOURCE
@@ -104,7 +104,7 @@ def test_a_file_of_other_text_is_another_input(tmp_path, monkeypatch, key):
         "mixture.rule": ("my_rules.py", ("mixture.rule=my_rules:best",)),
     }[key]
     recipe = tiny_recipe(tmp_path, *keys)
-    assert list(named_contents(recipe)) == [key]
+    assert list(named_files(recipe)) == [key]
     open_workspace(recipe).begin("pruning", PRUNING.rests_on(context_of(recipe)))
     assert preflight(recipe) == []
     with (tmp_path / file).open("a") as text:
