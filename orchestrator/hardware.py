@@ -94,6 +94,7 @@ class HardwareConfig(Config):
 
     device: GpuName | None = Field(None, description="Default: each that is known, or a measured CPU core")
     achieved_share: float | None = Field(None, gt=0, le=1, description="Of the device's peak, in training")
+    memory_bytes: float | None = Field(None, gt=0, description="Of one device")
     devices_a_node: int | None = Field(None, ge=1)
     link_bytes_per_s: float | None = Field(None, gt=0, description="Between devices of a node, one direction")
     node_bytes_per_s: float | None = Field(None, gt=0, description="Between nodes, one direction")

@@ -105,6 +105,8 @@ def test_a_device_is_taken_where_it_is_known():
     assert [kind.name for kind in hardware_for(gpu, None)] == list(GPUS)
     (kind,) = hardware_for(gpu, HardwareConfig(device="H200", node_bytes_per_s=5.0))
     assert (kind.name, kind.node_bytes_per_s, kind.link_bytes_per_s) == ("H200", 5.0, 450e9)
+    (small,) = hardware_for(gpu, HardwareConfig(device="A100", memory_bytes=40e9))
+    assert small.memory_bytes == 40e9, "cards of 40 GB that are planned as if they had 80"
     assert hardware_for(engine(gpus_per_worker=1, dtype="float32"), None) == []
     assert hardware_for(engine(), None) == []
     (core,) = hardware_for(engine(dtype="float32", cpus_per_worker=3), None)
@@ -136,3 +138,8 @@ def test_the_plan_says_time_or_why_not(tmp_path):
     one = plan(tiny_recipe(tmp_path, *gpu, "hardware.device=A100", "hardware.achieved_share=0.5"))
     assert [time.hardware.achieved_share for time in one.phases[0].times] == [0.5]
     assert "50% of the peak that data sheets give: the recipe's" in render_plan(one)
+    bounded = render_plan(plan(tiny_recipe(tmp_path, "hardware.memory_bytes=1e3")))
+    assert "memory: " in bounded
+    assert "as the quickstart reached" in bounded
+    away = ("source.train=null", f"source.model={tmp_path / 'away'}")
+    assert "not known: the source's shape is not" in render_plan(plan(tiny_recipe(tmp_path, *away)))
