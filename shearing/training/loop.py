@@ -132,16 +132,19 @@ class Trainer:
         self.held_checkpoint = False
 
     def next_batch(self) -> Batch:
-        """This step's batch, and the reading of the next one begun where its proportions are settled."""
+        """This step's batch, and the reading of the next ones gone on with where their proportions are settled."""
         self.step_began_s = time.perf_counter()
         step, proportions = self.state.step, self.state.mixture.proportions
         torch.manual_seed(self.stream.seed * 1_000_003 + step * 4099 + self.stream.rank)
         batch = self.stream.next(step, self.state.mix, proportions)
         self._mark_consumed(batch)
-        after = step + 1
-        if after < self.config.steps and after % self.update_every_steps:
-            self.stream.read_ahead(after, batch.mix, proportions)
+        self.stream.read_ahead(step + 1, batch.mix, proportions, self._settled_steps(step + 1))
         return batch
+
+    def _settled_steps(self, step: int) -> int:
+        """How many steps from this one on have the proportions of now; 0 where an update comes before it."""
+        until_update = -step % self.update_every_steps
+        return min(until_update, self.config.steps - step)
 
     def _mark_consumed(self, batch: Batch) -> None:
         places: dict[tuple[str, int], list[int]] = {}

@@ -9,6 +9,7 @@ from orchestrator.hardware import CPU_CORE_FLOPS_PER_S, GPUS, Hardware, Hardware
 from orchestrator.plan import plan
 from orchestrator.plan_text import render_plan
 from orchestrator.step_time import Work, breaks_first, memory_of, phase_time, step_time
+from shearing.data.source import STEPS_A_REQUEST
 from shearing.models.family import llama_config
 from shearing.models.parameters import count_parameters
 from shearing.models.shape import Shape
@@ -20,7 +21,8 @@ N = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 2 * 256 * 64
 FLOPS = 6 * (N - 256 * 64) + 12 * 2 * 64 * 32
 ROUND = Hardware(
     "round", 2e9, 0.5, 1e9, 4, link_bytes_per_s=1e8, node_bytes_per_s=1e6, wire_share=1.0, link_latency_s=1e-5,
-    node_latency_s=1e-3, storage_bytes_per_s=1e7, feeder_tokens_per_s=1e5, actor_round_trip_s=0.1, actor_message_s=0.01,
+    node_latency_s=1e-3, storage_bytes_per_s=1e7, feeder_tokens_per_s=1e5, feeder_message_s=1e-4,
+    actor_round_trip_s=0.1, actor_message_s=0.01,
 )  # fmt: skip
 TRAINING = TrainingConfig(steps=100, global_batch_tokens=32 * 16, evaluate_every_steps=10, checkpoint_every_steps=20)
 WORK = Work(CONFIG, 32, TRAINING, domains=3, evaluation_sequences=5)
@@ -38,7 +40,7 @@ def test_every_part_by_hand():
     assert step.communication == pytest.approx(2 * 2 * N * 3 / 4 / 1e8 + 2 * 3 * 1e-5)
     read, busy = 512 / 1e5, step.compute + step.communication
     assert read < busy
-    assert step.data == pytest.approx(read / 10)
+    assert step.data == pytest.approx((read + 4 * 1e-4) / 10)
     assert step.evaluation == pytest.approx(-(-3 * 3 // 4) * 64 * FLOPS / 3 / 1e9 / 10)
     assert step.mixture == pytest.approx((0.1 + 4 * 0.01) / 10)
     assert step.checkpoint == pytest.approx((12 * N / 1e8 + 12 * N / 1e7) / 20)
@@ -77,9 +79,18 @@ def test_what_is_not_trained_costs_less_and_what_is_done_twice_more():
 
 
 def test_a_slow_stream_holds_up_what_it_cannot_hide():
-    slow = step_time(WORK, engine(), replace(ROUND, feeder_tokens_per_s=1e3), 4)
+    slow = step_time(WORK, engine(), replace(ROUND, feeder_tokens_per_s=1e3, feeder_message_s=0.0), 4)
     read, busy = 0.512, slow.compute + slow.communication
     assert slow.data == pytest.approx(0.9 * (read - busy) + 0.1 * read)
+
+
+def test_requests_hold_up_the_one_who_answers_them():
+    """Hundreds of workers that each ask at every step: the feeder's time for a request, not for its tokens."""
+    busy = replace(ROUND, feeder_tokens_per_s=1e12, feeder_message_s=1.0)
+    for workers, asking in ((4, 4), (64, 16)):  # a batch of 16 sequences: no more than 16 have something to ask for
+        step = step_time(WORK, engine(), busy, workers)
+        ahead = asking / STEPS_A_REQUEST - step.compute - step.communication
+        assert step.data == pytest.approx(0.9 * max(0.0, ahead) + 0.1 * asking, rel=1e-6)
 
 
 def test_more_workers_than_sequences_stand_idle():
