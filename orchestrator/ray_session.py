@@ -28,11 +28,12 @@ CONNECT_TIMEOUT_S = 10.0
 STARTUP_VARIABLE = "RAY_worker_maximum_startup_concurrency"
 
 # Read by every process of the run. Ray Train polls reports at this interval, 2 s by default: each report would block
-# that long. Printing is patched by Ray Train so that each line comes twice.
+# that long. Printing is patched by Ray Train so that each line comes twice. A process to which Ray gives no GPU would
+# see all of its node otherwise, and those who ask torch whether there is one would compute on another's.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -29,6 +29,8 @@ with RaySession(recipe) as session:
     assert float(value) < 1, "each report of a worker would block for two seconds"
 assert not ray.is_initialized()
 print("fine")
+    seen = ray.get(ray.remote(lambda: __import__("os").environ.get("CUDA_VISIBLE_DEVICES")).remote())
+    assert seen == "", "what runs without a GPU of its own would take the first of the node"
 """
 
 
