@@ -180,7 +180,7 @@ class Trainer:
             # the engine takes the mean over ranks and micro-batches; every sequence has to count alike in it
             self.engine.accumulate(loss * (len(draws) * count * self.stream.world / whole))
             domains = [self.domains.index(draw.domain) for draw in draws]
-            domain_B = torch.tensor(domains, dtype=torch.long).to(sums.device)
+            domain_B = torch.tensor(domains, dtype=torch.long).to(sums.device, non_blocking=True)
             rows_B3 = torch.stack([loss_B.detach(), torch.ones_like(loss_B), divergence_B.detach()], dim=1).double()
             # on the device: reading a loss here would wait for it
             sums.index_add_(0, domain_B, rows_B3[: len(draws)])
