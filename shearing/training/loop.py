@@ -328,7 +328,8 @@ class Trainer:
         losses = summed_losses(sums, self.engine.device)
         # in the proportions of the batches, whose losses the watchdog knows; one domain's NaN is the mixture's matter
         shares = {d: self.state.mixture.proportions[d] for d, loss in losses.items() if math.isfinite(loss)}
-        mean = sum(share * losses[d] for d, share in shares.items()) / sum(shares.values()) if shares else math.nan
+        drawn = sum(shares.values())  # 0 where all that is trained on has no loss that is a number
+        mean = sum(share * losses[d] for d, share in shares.items()) / drawn if drawn else math.nan
         self.watchdog.see_held_out(self.state.step, mean, self.config.learning_rate)
         return sums, losses
 

@@ -1,11 +1,15 @@
 """The loop against a plain one, and what stands between two batches."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from phase_runs import BATCH_SEQUENCES, PROPORTIONS, PlannedMixture, Run, largest_difference, new_trainer, run_phase
 from plain_reference import plain_run
 
 from shearing.data.mixing import DomainExhausted
+from shearing.training import loop
 from shearing.training.loop import sequence_losses, training_reports
 from shearing.training.watchdog import TrainingDivergedError
 
@@ -176,10 +180,6 @@ class TestEnds:
         assert "learning_rate (now 1e+30)" in stops[0][1]
 
 
-def test_an_evaluation_changes_nothing(tiny_run, one_process):
-    # catches evaluation that moves weights, gates, the random state, or leaves a module in the wrong mode
-    often, never = ({"evaluate_every_steps": every, "steps": 4} for every in (1, 100))
-    mixture = {"rule": "static"}
 def test_text_that_is_trained_on_without_a_number_stops_the_phase(tiny_run, one_process):
     # catches a division by the proportions of the other domains, which add up to nothing
     (text,) = one_process.run(evaluated_without_numbers, tiny_run.phase())
@@ -217,6 +217,10 @@ def waits_for_the_device(rank, world, phase):
     return len(waits)
 
 
+def test_an_evaluation_changes_nothing(tiny_run, one_process):
+    # catches evaluation that moves weights, gates, the random state, or leaves a module in the wrong mode
+    often, never = ({"evaluate_every_steps": every, "steps": 4} for every in (1, 100))
+    mixture = {"rule": "static"}
     runs = [
         one_process.run(run_phase, tiny_run.phase(pruning=True, training=training, mixture=mixture))[0]
         for training in (often, never)
