@@ -1,6 +1,8 @@
 """Interrupted phases go on as if nothing had been: on the same workers, on others, on another ZeRO stage."""
 
 import json
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,12 @@ from phase_runs import (
 
 from shearing.data.manifest import load_manifest
 from shearing.models.loading import new_model, read_config
+from shearing.errors import UserError
 from shearing.storage import open_store
 from shearing.training import checkpoint
 from shearing.training.checkpoint import CheckpointReader
 from shearing.training.consumed import SequenceRepeatedError
+from shearing.training.config import DistillationConfig
 from shearing.training.engine import DTYPES
 from shearing.training.loop import Wish, training_reports
 
@@ -237,3 +241,27 @@ class TestBuilding:
         for run in runs:
             for name, parameter in expected.named_parameters():
                 torch.testing.assert_close(run.tensors[name], parameter.detach().float(), atol=1e-9, rtol=0)
+def problems_of_building(rank, world, phase, missing):
+    """What keeps this rank from building the phase, where rank 1 alone is on a node that does not see `missing`."""
+    if rank == 1:
+        phase = phase.model_copy(update=missing)
+    try:
+        new_trainer(rank, world, phase)
+    except UserError as error:
+        return error.problems
+    return []
+
+
+    @pytest.mark.parametrize("what", ["model", "teacher"])
+    def test_a_model_that_one_node_lacks_is_told_by_all(self, tiny_run, two_processes, what):
+        # catches a rank that leaves alone: the others wait in their first collective for half an hour
+        def missing(folder):
+            return {"model": folder} if what == "model" else {"distillation": DistillationConfig(teacher=folder)}
+
+        phase = tiny_run.phase(**({} if what == "model" else missing(tiny_run.model)))
+        found = two_processes.run(problems_of_building, phase, missing("/only/on/rank-0"), timeout_s=60)
+        assert found[0] == found[1]
+        (problem,) = found[0]
+        assert "/only/on/rank-0 holds no config.json" in problem
+        assert f"This is so on {socket.gethostname()};" in problem
+
