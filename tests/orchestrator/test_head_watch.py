@@ -4,7 +4,7 @@ import time
 import pytest
 from ray._common.network_utils import build_address
 
-from orchestrator import head_watch
+from orchestrator import head_watch, ray_session
 from orchestrator.head_watch import HeadWatch
 
 
