@@ -28,6 +28,7 @@ from shearing.training.config import DistillationConfig
 from shearing.training.engine import DTYPES
 from shearing.training.loop import Wish, training_reports
 
+from shearing.training.phase import restore
 SAVED_AFTER = 3  # not an evaluation's step: the next batch is being read while the state is saved
 CASES = {
     **{f"zero{stage}-train": {"stage": stage} for stage in (1, 2, 3)},
@@ -119,6 +120,14 @@ class TestResumed:
         assert rest[0].history() == rest[1].history()
 
     def test_twice(self, tiny_run, one_process, two_processes, whole_run, tmp_path):
+    def test_ranks_read_at_the_same_time(self, tiny_run, two_processes, whole_run):
+        # catches ranks that read one after another: a large checkpoint then takes as long as by a single reader
+        _, folder = whole_run("zero1-train")
+        read = two_processes.run(read_slowly, case(tiny_run, "zero1-train"), str(folder))
+        assert [len(of_rank) for of_rank in read] == [1, 1]
+        (first, second) = (of_rank[0] for of_rank in read)
+        assert max(first[0], second[0]) < min(first[1], second[1])
+
         # catches a restored trainer that cannot be saved: bitmaps of the past lost, or kept by two ranks
         whole, folder = whole_run("zero3-masks")
         phase, second = case(tiny_run, "zero3-masks"), str(tmp_path / "second")
@@ -214,6 +223,25 @@ def save_in_parts(rank, world, phase, folder, part_bytes):
     kept, checkpoint.PART_BYTES = checkpoint.PART_BYTES, part_bytes
     run_phase(rank, world, phase, save_after=2, folder=folder, until=2)
     checkpoint.PART_BYTES = kept
+
+
+def read_slowly(rank, world, phase, folder):
+    """When each weight file of a checkpoint began and ended to be read by this rank."""
+    trainer, read, spans = new_trainer(rank, world, phase), CheckpointReader.weights, []
+
+    def weights(self, file):
+        began_s = time.monotonic()
+        time.sleep(2)
+        tensors = read(self, file)
+        spans.append((began_s, time.monotonic()))
+        return tensors
+
+    CheckpointReader.weights = weights
+    try:
+        restore(trainer, CheckpointReader(open_store(folder)))
+    finally:
+        CheckpointReader.weights = read
+    return spans
 
 
 def save_with_repeated_draws(rank, world, phase, folder):
