@@ -47,9 +47,9 @@ class _PartWriter:
         self.files: dict[str, int] = {}
 
     def add(self, state: NamedState) -> None:
-        """Take a parameter with its moments; they stay in one file, for loading reads file by file."""
+        """Take a parameter with its moments to the CPU; they stay in one file, for loading reads file by file."""
         tensors = {state.name: state.value} | {f"{state.name}::{key}": m for key, m in state.moments.items()}
-        self.tensors |= {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self.tensors |= {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         self.held_bytes += sum(tensor.nbytes for tensor in tensors.values())
         if self.held_bytes >= PART_BYTES:
             self.flush()

@@ -69,7 +69,7 @@ def partitioned_loading(config: dict[str, Any]) -> object | None:
 
 @dataclass(frozen=True)
 class NamedState:
-    """One parameter whole, in float32 on CPU: its value and its Adam moments."""
+    """One parameter whole, in float32 on the engine's device: its value and its Adam moments."""
 
     name: str
     value: torch.Tensor
@@ -133,8 +133,8 @@ class Engine:
 
         for name, parameter in self.named_parameters():
             value = safe_get_full_fp32_param(parameter)
-            moments = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in ADAM_MOMENTS}
-            yield NamedState(name, value.cpu(), moments)
+            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in ADAM_MOMENTS}
+            yield NamedState(name, value, moments)
 
     def begin_loading(self, step: int) -> None:
         """Make empty Adam state for `step` finished updates; `load` then fills it parameter by parameter."""

@@ -16,19 +16,20 @@ from phase_runs import (
     run_phase,
     save_all,
 )
+from safetensors.torch import load_file
 
 from shearing.data.manifest import load_manifest
-from shearing.models.loading import new_model, read_config
 from shearing.errors import UserError
+from shearing.models.loading import new_model, read_config
 from shearing.storage import open_store
 from shearing.training import checkpoint
 from shearing.training.checkpoint import CheckpointReader
-from shearing.training.consumed import SequenceRepeatedError
 from shearing.training.config import DistillationConfig
+from shearing.training.consumed import SequenceRepeatedError
 from shearing.training.engine import DTYPES
 from shearing.training.loop import Wish, training_reports
-
 from shearing.training.phase import restore
+
 SAVED_AFTER = 3  # not an evaluation's step: the next batch is being read while the state is saved
 CASES = {
     **{f"zero{stage}-train": {"stage": stage} for stage in (1, 2, 3)},
@@ -119,7 +120,6 @@ class TestResumed:
         close(rest[0].history(), alone.history(after=SAVED_AFTER), 1e-5)
         assert rest[0].history() == rest[1].history()
 
-    def test_twice(self, tiny_run, one_process, two_processes, whole_run, tmp_path):
     def test_ranks_read_at_the_same_time(self, tiny_run, two_processes, whole_run):
         # catches ranks that read one after another: a large checkpoint then takes as long as by a single reader
         _, folder = whole_run("zero1-train")
@@ -128,6 +128,7 @@ class TestResumed:
         (first, second) = (of_rank[0] for of_rank in read)
         assert max(first[0], second[0]) < min(first[1], second[1])
 
+    def test_twice(self, tiny_run, one_process, two_processes, whole_run, tmp_path):
         # catches a restored trainer that cannot be saved: bitmaps of the past lost, or kept by two ranks
         whole, folder = whole_run("zero3-masks")
         phase, second = case(tiny_run, "zero3-masks"), str(tmp_path / "second")
@@ -204,6 +205,11 @@ class TestSaved:
         assert len(sizes) == 2
         assert max(sizes) < 1.5 * min(sizes)
 
+    def test_a_rank_copies_only_what_it_writes(self, tiny_run, two_processes, tmp_path):
+        # catches every worker of a node that copies the whole model with its moments from its GPU at each checkpoint
+        copied = two_processes.run(copied_to_the_host, tiny_run.phase(), tmp_path)
+        assert copied == [len(load_file(path)) for path in sorted(tmp_path.glob("weights-r*"))]
+
     def test_in_parts(self, tiny_run, two_processes, whole_run, tmp_path):
         # catches parts that overwrite each other, and a reader that takes the first of each rank
         folder = str(tmp_path / "parts")
@@ -217,12 +223,6 @@ class TestSaved:
         found = two_processes.run(save_with_repeated_draws, tiny_run.phase(), str(tmp_path / "checkpoint"))
         assert all("were planned and" in text for text in found)
         assert not list(tmp_path.glob("*/index.json"))
-
-
-def save_in_parts(rank, world, phase, folder, part_bytes):
-    kept, checkpoint.PART_BYTES = checkpoint.PART_BYTES, part_bytes
-    run_phase(rank, world, phase, save_after=2, folder=folder, until=2)
-    checkpoint.PART_BYTES = kept
 
 
 def read_slowly(rank, world, phase, folder):
@@ -244,6 +244,24 @@ def read_slowly(rank, world, phase, folder):
     return spans
 
 
+def save_in_parts(rank, world, phase, folder, part_bytes):
+    kept, checkpoint.PART_BYTES = checkpoint.PART_BYTES, part_bytes
+    run_phase(rank, world, phase, save_after=2, folder=folder, until=2)
+    checkpoint.PART_BYTES = kept
+
+
+def copied_to_the_host(rank, world, phase, folder):
+    """How many tensors this rank asked for on the CPU while it saved."""
+    engine, copied, copy = new_trainer(rank, world, phase).engine, [], torch.Tensor.cpu
+    engine.begin_loading(0)
+    torch.Tensor.cpu = lambda tensor, *args: copied.append(tensor.shape) or copy(tensor, *args)
+    try:
+        checkpoint.save_checkpoint(engine, folder, {}, {})
+    finally:
+        torch.Tensor.cpu = copy
+    return len(copied)
+
+
 def save_with_repeated_draws(rank, world, phase, folder):
     trainer = new_trainer(rank, world, phase)
     trainer.stream.rank = 0
@@ -258,17 +276,6 @@ def save_with_repeated_draws(rank, world, phase, folder):
     return ""
 
 
-class TestBuilding:
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_fresh_models_are_one(self, tiny_run, one_process, two_processes, dtype):
-        # catches ranks, or ZeRO 3's partitioned construction, that start from other weights
-        training = {"steps": 1, "learning_rate": 1e-12}
-        phases = [tiny_run.phase(fresh=True, stage=stage, dtype=dtype, training=training) for stage in (1, 3)]
-        runs = [group.run(run_phase, phase)[0] for group in (one_process, two_processes) for phase in phases]
-        expected = new_model(read_config(tiny_run.model), DTYPES[dtype], phases[0].seed)
-        for run in runs:
-            for name, parameter in expected.named_parameters():
-                torch.testing.assert_close(run.tensors[name], parameter.detach().float(), atol=1e-9, rtol=0)
 def problems_of_building(rank, world, phase, missing):
     """What keeps this rank from building the phase, where rank 1 alone is on a node that does not see `missing`."""
     if rank == 1:
@@ -280,6 +287,7 @@ def problems_of_building(rank, world, phase, missing):
     return []
 
 
+class TestBuilding:
     @pytest.mark.parametrize("what", ["model", "teacher"])
     def test_a_model_that_one_node_lacks_is_told_by_all(self, tiny_run, two_processes, what):
         # catches a rank that leaves alone: the others wait in their first collective for half an hour
@@ -293,3 +301,13 @@ def problems_of_building(rank, world, phase, missing):
         assert "/only/on/rank-0 holds no config.json" in problem
         assert f"This is so on {socket.gethostname()};" in problem
 
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_fresh_models_are_one(self, tiny_run, one_process, two_processes, dtype):
+        # catches ranks, or ZeRO 3's partitioned construction, that start from other weights
+        training = {"steps": 1, "learning_rate": 1e-12}
+        phases = [tiny_run.phase(fresh=True, stage=stage, dtype=dtype, training=training) for stage in (1, 3)]
+        runs = [group.run(run_phase, phase)[0] for group in (one_process, two_processes) for phase in phases]
+        expected = new_model(read_config(tiny_run.model), DTYPES[dtype], phases[0].seed)
+        for run in runs:
+            for name, parameter in expected.named_parameters():
+                torch.testing.assert_close(run.tensors[name], parameter.detach().float(), atol=1e-9, rtol=0)
