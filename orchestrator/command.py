@@ -21,7 +21,7 @@ from orchestrator.head_watch import HeadLostError
 from orchestrator.plan import plan
 from orchestrator.plan_text import render_plan
 from orchestrator.preflight import preflight
-from orchestrator.ray_session import RaySession
+from orchestrator.ray_session import JOB_VARIABLE, RaySession
 from orchestrator.recipe import MethodSection, Recipe
 from orchestrator.recipe_loading import load_recipe
 from orchestrator.run import run_recipe
@@ -137,7 +137,7 @@ def end_without_ray(console: Console, why: str) -> None:
 
 
 def _again() -> str:
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):  # set by Ray for the driver of a submitted job
+    if os.environ.get(JOB_VARIABLE):
         return "ray job submit --working-dir . -- python " + shlex.join(sys.argv)
     return "python " + shlex.join(sys.argv)
 

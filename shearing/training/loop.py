@@ -183,7 +183,7 @@ class Trainer:
             # the engine takes the mean over ranks and micro-batches; every sequence has to count alike in it
             self.engine.accumulate(loss * (len(draws) * count * self.stream.world / whole))
             domains = [self.domains.index(draw.domain) for draw in draws]
-            domain_B = torch.tensor(domains, dtype=torch.long).to(sums.device)
+            domain_B = torch.tensor(domains, dtype=torch.long).to(sums.device, non_blocking=True)
             rows_B3 = torch.stack([loss_B.detach(), torch.ones_like(loss_B), divergence_B.detach()], dim=1).double()
             # on the device: reading a loss here would wait for it
             sums.index_add_(0, domain_B, rows_B3[: len(draws)])
@@ -331,7 +331,8 @@ class Trainer:
         losses = summed_losses(sums, self.engine.device)
         # in the proportions of the batches, whose losses the watchdog knows; one domain's NaN is the mixture's matter
         shares = {d: self.state.mixture.proportions[d] for d, loss in losses.items() if math.isfinite(loss)}
-        mean = sum(share * losses[d] for d, share in shares.items()) / sum(shares.values()) if shares else math.nan
+        drawn = sum(shares.values())  # 0 where all that is trained on has no loss that is a number
+        mean = sum(share * losses[d] for d, share in shares.items()) / drawn if drawn else math.nan
         self.watchdog.see_held_out(self.state.step, mean, self.config.learning_rate)
         return sums, losses
 
