@@ -251,15 +251,15 @@ def save_in_parts(rank, world, phase, folder, part_bytes):
 
 
 def copied_to_the_host(rank, world, phase, folder):
-    """How many tensors this rank asked for on the CPU while it saved."""
-    engine, copied, copy = new_trainer(rank, world, phase).engine, [], torch.Tensor.cpu
+    """How many weights and moments this rank asked for on the CPU while it saved; torch gathers bytes there."""
+    engine, asked, copy = new_trainer(rank, world, phase).engine, [], torch.Tensor.cpu
     engine.begin_loading(0)
-    torch.Tensor.cpu = lambda tensor, *args: copied.append(tensor.shape) or copy(tensor, *args)
+    torch.Tensor.cpu = lambda tensor, *args: asked.append(tensor.dtype) or copy(tensor, *args)
     try:
         checkpoint.save_checkpoint(engine, folder, {}, {})
     finally:
         torch.Tensor.cpu = copy
-    return len(copied)
+    return asked.count(torch.float32)
 
 
 def save_with_repeated_draws(rank, world, phase, folder):
