@@ -58,8 +58,7 @@ class RunLog:
                 self.watchers.append(make(workspace_uri, phase))
             except Exception as error:
                 logger.exception("the phase goes on without %s", make)
-                name = getattr(make, "__name__", type(make).__name__)
-                lost.append(_without(name, error, rows[-1]["step"] if rows else 0))
+                lost.append(_without(_name(make), error, rows[-1]["step"] if rows else 0))
         for row in rows:
             lost += self._tell("recall", row)
         if lost:
@@ -101,9 +100,9 @@ class RunLog:
             try:
                 getattr(watcher, how)(row)
             except Exception as error:
-                logger.exception("the phase goes on without %s, which failed at %s", type(watcher).__name__, row)
+                logger.exception("the phase goes on without %s, which failed at %s", _name(watcher), row)
                 self.watchers.remove(watcher)
-                lost.append(_without(type(watcher).__name__, error, row["step"]))
+                lost.append(_without(_name(watcher), error, row["step"]))
         return lost
 
     def close(self) -> None:
@@ -112,7 +111,7 @@ class RunLog:
             try:
                 watcher.close()
             except Exception:
-                logger.exception("%s could not be closed", type(watcher).__name__)
+                logger.exception("%s could not be closed", _name(watcher))
         self.watchers = []
 
     def flush(self) -> None:
@@ -123,6 +122,11 @@ class RunLog:
     def newer(self, than: int) -> list[tuple[int, dict[str, Any]]]:
         """Rows pushed after the one numbered `than`, with their numbers; at most the newest KEPT_ROWS."""
         return [(number, row) for number, row in self.rows if number > than]
+
+
+def _name(shown: Any) -> str:
+    """Of a watcher, or of what makes one."""
+    return str(getattr(shown, "name", None) or getattr(shown, "__name__", type(shown).__name__))
 
 
 def _without(name: str, error: Exception, step: int) -> dict[str, Any]:

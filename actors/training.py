@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from actors.metrics import RunMetrics
 from actors.nodes import HELD_WITHIN_S, LEAVING, HeldNodes, count_nodes
 from actors.process_group import NodeTorchConfig
 from actors.run_log import RunLog
-from actors.trackers import TRACKERS
+from actors.trackers import TRACKERS, InThread
 from actors.wishes import Wishes, resources_per_worker
 from shearing.data.manifest import load_manifest
 from shearing.errors import UserError
@@ -43,7 +44,7 @@ from shearing.training.watchdog import TrainingDivergedError
 KEPT_CHECKPOINTS = 2
 POLL_S = 1.0
 SETUP_ATTEMPTS = 3
-LEAVE_WITHIN_S = 120.0
+LEAVE_WITHIN_S = 600.0  # a step and a checkpoint of a large model; who asks twice waits no more
 CLOSE_WITHIN_S = 30.0
 LOOK_FOR_ROOM_EVERY_S = 60.0
 NEVER_S = 1e9
@@ -109,7 +110,7 @@ def _phase_actors(phase: PhaseConfig, workspace: Store) -> Iterator[dict[str, An
 
         # Named after their run too: another run of the same cluster may be in a phase of the same name.
         run = hashlib.sha256(workspace.uri.encode()).hexdigest()[:12]
-        watchers = [RunMetrics, *(TRACKERS[name] for name in phase.trackers)]
+        watchers = [RunMetrics, *(partial(InThread, TRACKERS[name]) for name in phase.trackers)]
         log = kept(_actor(RunLog, f"run-log-{phase.name}-{run}").remote(workspace.uri, phase.name, watchers))
         ending.callback(_close, log)
         weights = kept(
