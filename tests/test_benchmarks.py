@@ -89,7 +89,7 @@ def test_streams():
 @pytest.mark.slow
 def test_step_parts():
     """Also that the parts add up to the step."""
-    printed = run("step_parts", "--pairs", "3", "--megabytes", "0.3")
+    printed = run("step_parts", "--pairs", "3", "--megabytes", "0.4")
     rows = re.findall(r"^ +[13] .* to [\d.]+\) +[\d.]+ +[\d.]+ %((?: +[\d.]+ %){4})$", printed, flags=re.MULTILINE)
     assert len(rows) == 2, printed
     for shares in rows:
