@@ -5,7 +5,7 @@ Shapes: B sequences of a micro-batch, T tokens.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,9 +113,11 @@ class Engine:
         for group in self.zero.param_groups:
             group["lr"] = learning_rate
 
-    def accumulate(self, loss: torch.Tensor) -> None:
+    def accumulate(self, loss: torch.Tensor, before_update: Callable[[], None] = lambda: None) -> None:
         """Backward of one micro-batch's mean loss; after the last one of a batch the update happens by itself."""
         self.deepspeed.backward(loss)
+        if self.deepspeed.is_gradient_accumulation_boundary():
+            before_update()
         self.deepspeed.step()
 
     def gradient_norm(self) -> float:

@@ -25,6 +25,7 @@ from shearing.training.distillation import Teacher
 from shearing.training.engine import Engine
 from shearing.training.mask_learning import MaskLearner
 from shearing.training.schedule import learning_rate
+from shearing.training.step_clock import clock_for
 from shearing.training.watchdog import Watchdog
 
 Report = dict[str, Any]
@@ -127,13 +128,13 @@ class Trainer:
             self.update_every_steps = config.update_mixture_every_steps or config.evaluate_every_steps
         self.consumed = ConsumedSequences(stream.splits)
         self.domains = list(stream.sequences)
-        self.step_began_s = 0.0
+        self.clock = clock_for(engine.device, stream.rank)
         self.evaluated_step = -1
         self.held_checkpoint = False
 
     def next_batch(self) -> Batch:
         """This step's batch, and the reading of the next ones gone on with where their proportions are settled."""
-        self.step_began_s = time.perf_counter()
+        self.clock.begin()
         step, proportions = self.state.step, self.state.mixture.proportions
         torch.manual_seed(self.stream.seed * 1_000_003 + step * 4099 + self.stream.rank)
         batch = self.stream.next(step, self.state.mix, proportions)
@@ -165,6 +166,7 @@ class Trainer:
         Returns [domains, 3]: this rank's sums over its sequences of the cross-entropy in nats a token, of one, and of
         the divergence from the teacher (0 without one).
         """
+        self.clock.begin_forward()
         sums = torch.zeros(len(self.domains), 3, dtype=torch.float64, device=self.engine.device)
         self.engine.begin_update(learning_rate(self.config, self.state.step))
         self.engine.model.train()
@@ -181,7 +183,8 @@ class Trainer:
                 divergence_B = self.teacher.divergences(logits_BTV, tokens_BT)
                 loss = self.teacher.blend(loss, divergence_B.mean())
             # the engine takes the mean over ranks and micro-batches; every sequence has to count alike in it
-            self.engine.accumulate(loss * (len(draws) * count * self.stream.world / whole))
+            share = len(draws) * count * self.stream.world / whole
+            self.engine.accumulate(loss * share, self.clock.begin_update)
             domains = [self.domains.index(draw.domain) for draw in draws]
             domain_B = torch.tensor(domains, dtype=torch.long).to(sums.device, non_blocking=True)
             rows_B3 = torch.stack([loss_B.detach(), torch.ones_like(loss_B), divergence_B.detach()], dim=1).double()
@@ -202,12 +205,12 @@ class Trainer:
         dist.all_reduce(summed)
         *_, (save, leave, _) = summed.tolist()
         self.wish, total = Wish(save > 0, leave > 0), summed[:-1].cpu()
+        seconds = self.clock.end(batch.wait_s)
         loss = float(total[:, 0].sum() / total[:, 1].sum())
         rate, norm = learning_rate(self.config, self.state.step), self.engine.gradient_norm()
         self.watchdog.see_loss(self.state.step, loss, norm, self.config.learning_rate)
         proportions = self.state.mixture.proportions
         step = self.state.step + 1
-        step_s = time.perf_counter() - self.step_began_s
         report: Report = {
             "kind": "step",
             "step": step,
@@ -217,9 +220,8 @@ class Trainer:
             "losses": {d: s / n for d, (s, n, _) in zip(self.domains, total.tolist(), strict=True) if n},
             "learning_rate": rate,
             "gradient_norm": norm,
-            "tokens_per_s": self.config.global_batch_tokens / step_s,
-            "step_s": step_s,
-            "data_wait_s": batch.wait_s,
+            "tokens_per_s": self.config.global_batch_tokens / seconds["step_s"],
+            **seconds,
             "proportions": proportions,
             "drawn": batch.mix.drawn,
         }
