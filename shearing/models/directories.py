@@ -28,7 +28,7 @@ def local_directory(uri: str) -> Path:
     if not folder.is_dir():
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=folder.parent))
-        pafs.copy_files(store.path, str(partial), source_filesystem=store.filesystem)
+        store.download(partial)
         try:
             partial.rename(folder)
         except OSError:  # another process of this node was first
@@ -41,9 +41,7 @@ def _listing(store: Store) -> list[str]:
 
     The size alone would do for no model trained a second time: weights of one shape always have one size.
     """
-    filesystem = store.filesystem
-    selector = pafs.FileSelector(store.path, allow_not_found=True, recursive=True)
-    files = [info for info in filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
+    filesystem, files = store.filesystem, store.files()
     if isinstance(filesystem, pafs.PyFileSystem) and isinstance(filesystem.handler, pafs.FSSpecHandler):
         versions = [filesystem.handler.fs.ukey(info.path) for info in files]
     else:
@@ -58,6 +56,4 @@ def publish_directory(folder: Path, store: Store) -> None:
     store.delete()
     files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda p: p.name == "config.json")
     for path in files:
-        target = store.locate(str(path.relative_to(folder)))
-        store.filesystem.create_dir(os.path.dirname(target), recursive=True)
-        pafs.copy_files(str(path), target, destination_filesystem=store.filesystem)
+        store.upload(path, str(path.relative_to(folder)))
