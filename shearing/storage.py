@@ -19,6 +19,7 @@ import pyarrow.fs as pafs
 from shearing.patience import CALL_TRIES, PATIENCE_S, S3, STREAM_TRIES, patiently
 
 Result = TypeVar("Result")
+UNKNOWN_SCHEME = "Unrecognized filesystem type"
 Infos = list[pafs.FileInfo]
 
 
@@ -176,16 +177,22 @@ class Store:
 
 
 def resolve(uri: str, tries: int = STREAM_TRIES) -> tuple[pafs.FileSystem, str]:
-    """The filesystem and path that a local path or URI names. Raises ValueError for a scheme nobody knows.
+    """The filesystem and path that a local path or URI names. Raises ValueError for a scheme or option nobody knows.
 
     `tries` are those of S3's own client at every request; other schemes have limits of their own.
     """
-    if len(urlsplit(uri).scheme) < 2:
+    scheme = urlsplit(uri).scheme
+    if len(scheme) < 2:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
-    try:  # S3 is asked for the region where the URI does not say
-        filesystem, path = patiently(lambda: pafs.FileSystem.from_uri(uri), f"opening {uri.partition('?')[0]}")
-    except (pa.ArrowInvalid, NotImplementedError):
-        pass  # not one of pyarrow's own schemes
+    patience_s = PATIENCE_S if scheme == "s3" else 0.0  # which is asked for its region where the URI does not say
+    try:
+        what = f"opening {uri.partition('?')[0]}"
+        filesystem, path = patiently(lambda: pafs.FileSystem.from_uri(uri), what, patience_s)
+    except NotImplementedError:
+        pass  # left out of this pyarrow
+    except pa.ArrowInvalid as error:
+        if not str(error).startswith(UNKNOWN_SCHEME):  # such as an option of S3 that there is not
+            raise ValueError(f"cannot open {uri!r}: {error}") from None
     else:
         return S3.like(filesystem, tries) if isinstance(filesystem, pafs.S3FileSystem) else filesystem, path
     from fsspec.core import url_to_fs

@@ -38,7 +38,7 @@ MOMENTS = {
 KINDS = ("refuse", "busy", "error", "hang", "cut", "mute", "slow")
 WHOLE = ("refuse", "hang")
 ONCE = ("mark of a stage", "pruned model")
-SECONDS = (8.0, 30.0)
+SECONDS = (6.0, 20.0)
 REQUESTS = {
     "PUT of a folder": r"PUT [^?]*/$",
     "PUT of a part": r"PUT .*partNumber",

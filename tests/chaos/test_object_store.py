@@ -28,7 +28,7 @@ STEPS, BATCH_SEQUENCES = 40, 8
 PHASES = ("pruning", "recovery")
 OFTEN = [f"{phase}.{key}" for phase in PHASES for key in (f"steps={STEPS}", "checkpoint_every_steps=4")]
 ROUNDING = 1e-5  # nats a token, as in tests/test_faults.py
-LONG = Outage(99, "refuse", MOMENTS["checkpoint of continued pretraining"], seconds=150.0)
+LONG = Outage(99, "refuse", MOMENTS["checkpoint of continued pretraining"], seconds=130.0)
 
 
 @pytest.fixture
