@@ -29,6 +29,7 @@ PHASES = ("pruning", "recovery")
 OFTEN = [f"{phase}.{key}" for phase in PHASES for key in (f"steps={STEPS}", "checkpoint_every_steps=4")]
 ROUNDING = 1e-5  # nats a token, as in tests/test_faults.py
 LONG = Outage(99, "refuse", MOMENTS["checkpoint of continued pretraining"], seconds=130.0)
+NOTHING = Outage(100, "slow")
 
 
 @pytest.fixture
@@ -72,9 +73,6 @@ def kept(store: ObjectStore, folder: Path) -> Journey:
 @pytest.mark.timeout(2400)
 def test_a_run_on_an_object_store_that_fails(store, tmp_path):
     """Catches a request that is not made again, one that is made twice with another effect, and rows that are lost."""
-    unharmed = small_journey(tmp_path / "unharmed", shared=tmp_path).with_overrides(*OFTEN)
-    done = unharmed.run(timeout_s=1200)
-    assert done.returncode == 0, done.stderr
     words = [f"workspace={store.uri('run')}", f"corpus.path={store.uri('corpora')}", "engine.max_failures=0"]
     journey = small_journey(tmp_path / "harmed", shared=tmp_path).with_overrides(*OFTEN, *words)
     with command(journey, tmp_path) as run:
@@ -88,17 +86,21 @@ def test_a_run_on_an_object_store_that_fails(store, tmp_path):
     assert "Traceback" not in said, said
     assert "writing the checkpoint" in said, said
     assert "run the same again" in said, said
+    wait_until(lambda: over(store, LONG), "the store is back", every_s=0.5)
+    store.arm(NOTHING)
     harmed = kept(store, tmp_path / "after the outage")
     for phase in PHASES:  # no worker was started again for a short outage
         assert sum(row["kind"] == "start" for row in harmed.rows(phase)) == 1
-    store.arm(Outage(100, "slow"))
     with command(journey, tmp_path) as run:
         assert run.wait(timeout=1200) == 0, console(tmp_path)
     harmed = kept(store, tmp_path / "at the end")
+    tell(store, harmed)
     for phase in PHASES:
         check_data_account(harmed.rows(phase), STEPS, BATCH_SEQUENCES, harmed.checkpoints(phase)[-1])
+    unharmed = small_journey(tmp_path / "unharmed", shared=tmp_path).with_overrides(*OFTEN)
+    done = unharmed.run(timeout_s=1200)
+    assert done.returncode == 0, done.stderr
     differences = {phase: largest_loss_difference(harmed.rows(phase), unharmed.rows(phase)) for phase in PHASES}
-    sys.stdout.write(json.dumps({"differences": differences, "requests": store.requests()}) + "\n")
     assert max(differences.values()) < ROUNDING, differences
 
 
@@ -106,11 +108,29 @@ def strike(store: ObjectStore, outage: Outage, run: subprocess.Popen) -> None:
     """Let an outage begin at its moment, and come to its end."""
     store.arm(outage)
     wait_until(
-        lambda: run.poll() is not None or 0 < store.begun(outage.number) < time.time() - outage.seconds,
+        lambda: run.poll() is not None or over(store, outage),
         f"{outage} begins and ends",
         timeout_s=600,
         every_s=0.2,
     )
+
+
+def over(store: ObjectStore, outage: Outage) -> bool:
+    return 0 < store.begun(outage.number) < time.time() - outage.seconds
+
+
+def tell(store: ObjectStore, run: Journey) -> None:
+    """Print what each outage came to: requests struck, and seconds until the next step."""
+    log = store.log()
+    for what, outage in [*drawn(SEED), ("long", LONG)]:
+        begun_s = store.begun(outage.number)
+        struck = sum(begun_s <= row["time"] <= begun_s + outage.seconds for row in log if row.get("struck"))
+        after = [row["time"] for phase in PHASES for row in run.rows(phase) if row["kind"] == "step"]
+        back_s = min((time_s - begun_s for time_s in after if time_s > begun_s), default=None)
+        told = {"moment": what, "kind": outage.kind, "seconds": outage.seconds, "struck": struck, "next_step_s": back_s}
+        sys.stdout.write(json.dumps(told) + "\n")
+    sys.stdout.write(json.dumps(store.requests()) + "\n")
+    sys.stdout.flush()
 
 
 def console(folder: Path) -> str:
