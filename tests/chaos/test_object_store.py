@@ -24,7 +24,7 @@ from journeys import (
 from outages import KEYS, KINDS, MOMENTS, ObjectStore, drawn, object_store
 
 SEED = 1
-STEPS, BATCH_SEQUENCES = 40, 8
+STEPS, BATCH_SEQUENCES = 28, 8
 PHASES = ("pruning", "recovery")
 OFTEN = [f"{phase}.{key}" for phase in PHASES for key in (f"steps={STEPS}", "checkpoint_every_steps=4")]
 ROUNDING = 1e-5  # nats a token, as in tests/test_faults.py
