@@ -34,7 +34,8 @@ from actors.trackers import TRACKERS, InThread
 from actors.wishes import Wishes, resources_per_worker
 from shearing.data.manifest import load_manifest
 from shearing.errors import UserError
-from shearing.storage import Store, open_store
+from shearing.patience import StorageError
+from shearing.storage import Store, open_store, resolve
 from shearing.training.checkpoint import CheckpointReader
 from shearing.training.engine import prepare_deepspeed
 from shearing.training.loop import Report, Trainer, checkpoint_report, event_report, training_reports
@@ -193,7 +194,8 @@ def _fit_group(settings: dict[str, Any], checkpoints: Store) -> dict[str, Any]:
             run_config=RunConfig(
                 name=phase.name,
                 storage_path=checkpoints.path,
-                storage_filesystem=None if checkpoints.is_local else checkpoints.filesystem,
+                # whose uploads are not a Store's, so that its requests have to be patient by themselves
+                storage_filesystem=None if checkpoints.is_local else resolve(checkpoints.uri)[0],
                 failure_config=FailureConfig(max_failures=engine.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             ),
@@ -272,7 +274,10 @@ def _checkpoint(trainer: Trainer, attempt: str) -> str:
         save(trainer, Path(folder))
         # a name of this life of the group alone: files that a dead one left behind can never mix with these
         name = f"step-{step:08d}-of-{world}-{attempt}"
-        ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+        try:
+            ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+        except OSError as error:  # of the upload
+            raise StorageError(f"writing the checkpoint {name} failed: {error}") from error
     return name
 
 
@@ -282,10 +287,12 @@ class _RankLog:
     def __init__(self, actor: Any | None) -> None:
         self.actor = actor
         self.sent: list[Any] = []
+        self.unflushed: list[Report] = []
         self.asked = False
 
     def push(self, report: Report) -> None:
         if self.actor is not None:
+            self.unflushed.append(report)
             self.sent = [*self.sent[-100:], self.actor.push.remote([report])]
 
     def asked_to_leave(self) -> bool:
@@ -297,8 +304,8 @@ class _RankLog:
 
     def flush(self) -> None:
         if self.actor is not None:
-            ray.get([*self.sent, self.actor.flush.remote()])
-            self.sent = []
+            ray.get([*self.sent, self.actor.flush.remote(self.unflushed)])
+            self.sent, self.unflushed = [], []
 
 
 class _Followed:

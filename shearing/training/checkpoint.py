@@ -9,6 +9,7 @@ checkpoint.
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,14 @@ class CheckpointReader:
     store: Store
 
     def __post_init__(self) -> None:
-        if not self.store.exists(INDEX_NAME):
+        found = {info.base_name: info.size for info in self.store.files()}
+        if INDEX_NAME not in found:
             raise IncompleteCheckpointError(f"{self.store.uri} has no {INDEX_NAME}")
         for name, size in self.files.items():
-            if not self.store.exists(name) or self.store.size(name) != size:
+            if found.get(name) != size:
                 raise IncompleteCheckpointError(f"{self.store.uri}/{name} is missing or not {size} bytes long")
 
-    @property
+    @cached_property
     def files(self) -> dict[str, int]:
         """Bytes of each file, by name."""
         files: dict[str, int] = self.store.read_json(INDEX_NAME)["files"]
