@@ -16,7 +16,7 @@ from shearing.storage import Store, open_store
 def local_directory(uri: str) -> Path:
     """A local path to a model directory; a remote one is copied once to this node's temporary folder.
 
-    Raises UserError where a remote one holds no file.
+    Raises UserError where a remote one holds no file, or somebody else owns the folder for such copies.
     """
     store = open_store(uri)
     if store.is_local:
@@ -28,6 +28,10 @@ def local_directory(uri: str) -> Path:
     folder = Path(tempfile.gettempdir()) / f"shear-models-{os.getuid()}" / name
     if not folder.is_dir():
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.parent.stat().st_uid != os.getuid():  # who could put another model in the place of this one
+            raise UserError(
+                f"{folder.parent} belongs to another user. Have it removed, or set TMPDIR to another folder."
+            )
         with open(f"{folder}.lock", "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # all workers of a node come here at the same moment
             if not folder.is_dir():

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -126,6 +126,15 @@ class CheckpointReader:
         """Tensors of one of rank 0's files; empty where there is none."""
         name = f"{stem}.safetensors"
         return load_arrays(self.store.read_bytes(name)) if name in self.files else {}
+
+    def names(self, file: str) -> list[str]:
+        """Names in one weight file, by its header alone (safetensors: its length in 8 bytes, then JSON)."""
+
+        def header(stream: BinaryIO) -> dict[str, Any]:
+            found: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            return found
+
+        return [name for name in self.store.read_with(file, header) if name != "__metadata__"]
 
     def weights(self, file: str) -> dict[str, torch.Tensor]:
         """Tensors of one weight file: float32 values by name, Adam moments by `name::moment`."""

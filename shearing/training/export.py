@@ -33,7 +33,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
         self._held: tuple[str, dict[str, Tensor]] = ("", {})
         self._files: dict[str, str] = {}
         for file in reader.weight_files:
-            self._files |= dict.fromkeys((name for name in self._open(file) if "::" not in name), file)
+            self._files |= dict.fromkeys((name for name in reader.names(file) if "::" not in name), file)
 
     def _open(self, file: str) -> dict[str, Tensor]:
         if self._held[0] != file:

@@ -1,3 +1,4 @@
+import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,14 @@ class TestLocalDirectory:
             (folder,) = set(workers.map(local_directory, [remote.uri] * 4))
         assert contents(folder) == {"config.json": b"{}", "model.safetensors": b"weights"}
         assert len(copied) == 1
+
+    def test_a_folder_of_somebody_elses_is_refused(self, remote, monkeypatch):
+        # catches a model that another user of the node put in the place of the copy
+        theirs = os.getuid() + 1
+        (Path(tempfile.gettempdir()) / f"shear-models-{theirs}").mkdir()
+        monkeypatch.setattr(os, "getuid", lambda: theirs)
+        with pytest.raises(UserError, match="belongs to another user"):
+            local_directory(remote.uri)
 
     def test_a_copy_that_fails_leaves_nothing(self, remote, monkeypatch, tmp_path):
         # catches a disk that fills with halves of a model while workers are started again
