@@ -207,9 +207,12 @@ def _fit_group(settings: dict[str, Any], checkpoints: Store) -> dict[str, Any]:
             result: Any = trainer().fit()
             returned: dict[str, Any] = result.return_value
             return returned
-        except ray.train.ControllerError:  # the set-up of the process group is not retried by Ray Train itself
-            if attempt == SETUP_ATTEMPTS:
-                raise
+        except ray.train.ControllerError as error:  # the set-up of the process group is not retried by Ray Train itself
+            if attempt < SETUP_ATTEMPTS:
+                continue
+            if isinstance(error.controller_failure, OSError) and not checkpoints.is_local:
+                raise StorageError(f"looking after the checkpoints failed: {error.controller_failure}") from error
+            raise
     raise AssertionError("the last attempt returns or raises")
 
 

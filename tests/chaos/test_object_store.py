@@ -29,7 +29,6 @@ PHASES = ("pruning", "recovery")
 OFTEN = [f"{phase}.{key}" for phase in PHASES for key in (f"steps={STEPS}", "checkpoint_every_steps=4")]
 ROUNDING = 1e-5  # nats a token, as in tests/test_faults.py
 LONG = Outage(99, "refuse", MOMENTS["checkpoint of continued pretraining"], seconds=130.0)
-NOTHING = Outage(100, "slow")
 
 
 @pytest.fixture
@@ -79,22 +78,22 @@ def test_a_run_on_an_object_store_that_fails(store, tmp_path):
         for what, outage in drawn(SEED):
             strike(store, outage, run)
             assert run.poll() is None, f"ended at {what}: {console(tmp_path)}"
-        store.arm(LONG)
-        assert run.wait(timeout=900) == 1, console(tmp_path)
-    assert store.begun(LONG.number), "the long outage found nothing to strike at"
+        store.arm(LONG)  # too long for the workers' patience; a new group may be in time for its end, or not
+        status = run.wait(timeout=900)
     said = console(tmp_path)
+    assert store.begun(LONG.number), "the long outage found nothing to strike at"
     assert "Traceback" not in said, said
-    assert "writing the checkpoint" in said, said
-    assert "run the same again" in said, said
-    wait_until(lambda: over(store, LONG), "the store is back", every_s=0.5)
-    store.arm(NOTHING)
-    harmed = kept(store, tmp_path / "after the outage")
-    for phase in PHASES:  # no worker was started again for a short outage
-        assert sum(row["kind"] == "start" for row in harmed.rows(phase)) == 1
-    with command(journey, tmp_path) as run:
-        assert run.wait(timeout=1200) == 0, console(tmp_path)
+    if status != 0:
+        assert status == 1, said
+        assert "run the same again" in said, said
+        wait_until(lambda: over(store, LONG), "the store is back", every_s=0.5)
+        with command(journey, tmp_path) as run:
+            assert run.wait(timeout=1200) == 0, console(tmp_path)
     harmed = kept(store, tmp_path / "at the end")
     tell(store, harmed)
+    starts = {phase: sum(row["kind"] == "start" for row in harmed.rows(phase)) for phase in PHASES}
+    assert starts["pruning"] == 1, "a worker was started again for a short outage"
+    assert starts["recovery"] <= 2, starts
     for phase in PHASES:
         check_data_account(harmed.rows(phase), STEPS, BATCH_SEQUENCES, harmed.checkpoints(phase)[-1])
     unharmed = small_journey(tmp_path / "unharmed", shared=tmp_path).with_overrides(*OFTEN)
