@@ -79,6 +79,8 @@ def network(count: int) -> Iterator[list[Host]]:
             ending.callback(ip, "netns", "delete", host.name)
             ending.callback(host.end)
             ip("link", "add", f"{bridge}v{number}", "type", "veth", "peer", "name", "eth0", "netns", host.name)
+            # by itself it would end with the namespace, which every process started meanwhile elsewhere may hold
+            ending.callback(ip, "link", "delete", f"{bridge}v{number}")
             ip("link", "set", f"{bridge}v{number}", "master", bridge, "up")
             ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
             ip("-n", host.name, "link", "set", "lo", "up")

@@ -89,6 +89,7 @@ def test_every_ray_starts_with_the_token_and_no_open_dashboard(config):
     starts = [command for command in starts if "ray start" in command]
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token ray start" in command for command in starts)
+    assert all("unset OMP_NUM_THREADS;" in command for command in starts), "`ray up` would leave each worker one thread"
     assert "--dashboard-host=127.0.0.1" in starts[0]
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     text = str(config)
