@@ -4,7 +4,6 @@ What the workers return is added up where the driver is: float64 sums, so that t
 """
 
 import contextlib
-import os
 import resource
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import ray
 import torch
 
@@ -130,7 +128,7 @@ def local_work(uri: str) -> Iterator[tuple[Path, Callable[[], None]]]:
         return
     with tempfile.TemporaryDirectory(prefix="shear-layers-") as folder:
         if store.exists():
-            pafs.copy_files(store.path, folder, source_filesystem=store.filesystem)
+            store.download(Path(folder))
         yield Path(folder), lambda: _keep(Path(folder), store)
 
 
@@ -139,8 +137,7 @@ def _keep(folder: Path, store: Store) -> None:
     for path in sorted(folder.rglob("*.*"), key=lambda path: path.suffix == ".json"):
         name = str(path.relative_to(folder))
         if path.is_file() and (path.suffix == ".json" or not store.exists(name)):
-            store.filesystem.create_dir(os.path.dirname(store.locate(name)), recursive=True)
-            pafs.copy_files(str(path), store.locate(name), destination_filesystem=store.filesystem)
+            store.upload(path, name)
 
 
 def process_peak_bytes() -> int:

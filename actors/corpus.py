@@ -18,6 +18,7 @@ from shearing.data.raw_files import ReadUnit
 from shearing.data.tokenizing import load_corpus_tokenizer
 from shearing.data.unit_work import UnitMark, prepare_unit
 from shearing.errors import UserError
+from shearing.patience import StorageError
 from shearing.storage import Store, open_store
 
 _REPORT_EVERY_S = 5.0
@@ -74,6 +75,8 @@ def _run_units(preparation: Preparation) -> Iterator[UnitMark]:
     for row in dataset.iter_rows():
         if row["problem"]:
             raise UserError(row["problem"])
+        if row["failure"]:
+            raise StorageError(row["failure"])
         yield UnitMark.model_validate_json(row["mark"])
 
 
@@ -87,8 +90,10 @@ def _prepare(row: dict[str, Any], work: dict[str, str]) -> dict[str, str]:
     try:
         mark = prepare_unit(ReadUnit.model_validate_json(row["unit"]), config, tokenizer, corpus)
     except UserError as error:  # raised here, it would reach the driver wrapped in a trace of Ray's own
-        return {"mark": "", "problem": str(error)}
-    return {"mark": mark.model_dump_json(), "problem": ""}
+        return {"mark": "", "problem": str(error), "failure": ""}
+    except StorageError as error:
+        return {"mark": "", "problem": "", "failure": str(error)}
+    return {"mark": mark.model_dump_json(), "problem": "", "failure": ""}
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class DomainWeights:
         their mean losses) it is summed over, for this rank's share only. `base` is the version that the rank holds.
         `attempt` names one life of the worker group, the same on all its ranks. Handing in the same share again is
         harmless. Raises CollectionError where ranks disagree or a newer attempt decided, UserError where a rule of the
-        user's fails.
+        user's fails, OSError where the decision cannot be written: then nothing was decided.
         """
         decided = self._decisions.get(base.version + 1)
         if decided is not None and (decided.state.step, decided.attempt) == (step, attempt):
@@ -109,10 +109,11 @@ class DomainWeights:
         losses = domain_losses(self.prior, [collection.sums[rank] for rank in sorted(collection.sums)])
         try:
             state = next_state(collection.base, losses, self.references, self.config, self.prior, step=step)
-        except UserError as error:  # every rank has to hear of it, or the others wait for ever
+            self._record(Decision(state=state, attempt=attempt, world=collection.world))
+        except (UserError, OSError) as error:  # every rank has to hear of it, or the others wait for ever
             collection.answer.set_exception(error)
+            del self._collections[step, attempt]  # ranks that hand in again are to be tried again
             return
-        self._record(Decision(state=state, attempt=attempt, world=collection.world))
         collection.answer.set_result(state)
         for (_, other), pending in self._collections.items():
             if other != attempt and not pending.answer.done():

@@ -8,6 +8,7 @@ addressed by draw index, never by the order in which Ray Data delivers, so nothi
 Shape suffixes: N sequences, T tokens of a sequence.
 """
 
+import itertools
 import logging
 import os
 import threading
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 WINDOW_BYTES = 2**24
 WINDOW_UNITS = 8
-KEPT_WINDOWS = 3
 READ_TASK_CPUS = 0.1
 """A read task must fit beside workers that hold nearly all CPUs, or training and reading wait for each other."""
 
@@ -108,18 +108,27 @@ class DomainStream:
         unit_bytes = row_bytes * order.sequences / order.units_per_epoch
         self._units_per_window = max(1, min(WINDOW_UNITS, int(WINDOW_BYTES // unit_bytes)))
         self._windows: list[_Window] = []  # least recently used first
+        self._kept_windows = 1
         self._changed = threading.Condition()
         self.windows_opened = 0
         self.rebuilds = 0
         self.seconds_to_open: float | None = None
         self._made = time.monotonic()
 
-    def expect(self, index: int) -> None:
-        """Begin to read the window of draw `index`, and the next one where it lies in the second half."""
-        number = self.order.unit_number(index)
+    def expect(self, first: int, last: int) -> None:
+        """Begin to read the windows of draws `first` to `last`, and the next one where that ends in a second half.
+
+        Windows of three such requests are kept: ranks that are one apart would take away each other's otherwise.
+        """
+        number, last_number = self.order.unit_number(first), self.order.unit_number(last)
         with self._changed:
-            window = self._window(number)
-            if 2 * (number + 1 - window.first) > window.stop - window.first and window.stop < self.end_unit:
+            for spanned in itertools.count(1):
+                self._kept_windows = max(self._kept_windows, 3 * spanned + 1)
+                window = self._window(number)
+                number = window.stop
+                if last_number < window.stop:
+                    break
+            if 2 * (last_number + 1 - window.first) > window.stop - window.first and window.stop < self.end_unit:
                 self._window(window.stop)
                 self._use(window)
 
@@ -164,7 +173,7 @@ class DomainStream:
         self._windows.append(window)
 
     def _drop_unused(self) -> None:
-        for window in self._windows[:-KEPT_WINDOWS]:
+        for window in self._windows[: -self._kept_windows]:
             if not window.waiting:
                 self._windows.remove(window)
 
@@ -247,15 +256,14 @@ class SequenceFeeder:
         self._count_lock = threading.Lock()
         for domain, stream in self.streams.items():
             if plan.start[domain] < plan.end[domain]:
-                stream.expect(plan.start[domain])
+                stream.expect(plan.start[domain], plan.start[domain])
 
     def fetch(self, draws: Sequence[Draw]) -> tuple[np.ndarray, np.ndarray]:
         """`draws` -> (tokens [N, T] in the corpus's type, sequence ids [N] int64), rows in the order asked."""
         assert draws, "a batch of no sequences"
         grouped = group_by_domain(draws)
         for domain, (indices, _) in grouped.items():
-            self.streams[domain].expect(int(indices.min()))
-            self.streams[domain].expect(int(indices.max()))
+            self.streams[domain].expect(int(indices.min()), int(indices.max()))
         tokens_NT: np.ndarray | None = None
         ids_N = np.empty(len(draws), dtype=np.int64)
         for domain, (indices_M, rows_M) in grouped.items():

@@ -16,6 +16,9 @@ Row = dict[str, Any]
 Key = tuple[str, tuple[tuple[str, str], ...]]
 """A metric's name and its labels, in the order of the table."""
 
+STEP_PARTS = ("forward_backward", "communication", "update")
+"""Of a step, beside `data`; all that they would be is `compute` while no step has been split."""
+
 EXPORT_EVERY_S = 5.0
 """Ray forgets a gauge that was not set for 20 to 30 s, and losses of an evaluation hold for much longer."""
 
@@ -56,8 +59,8 @@ METRICS = (
     Metric("shear_tokens_per_second", "tokens/s", (), "Of the last step, all workers"),
     Metric("shear_tokens_per_second_per_worker", "tokens/s", (), "The same by worker"),
     Metric("shear_model_flops_utilization", "share", (), "MFU of the last step; only for devices whose peak is known"),
-    Metric("shear_part_seconds", "s", ("part",), "The last step's `data` and `compute`, evaluation's `evaluation` and "
-           "`mixture`, and `checkpoint`"),
+    Metric("shear_part_seconds", "s", ("part",), "The last step's `data`, `forward_backward`, `communication` and "
+           "`update`, evaluation's `evaluation` and `mixture`, and `checkpoint`"),
     Metric("shear_spent_seconds", "s", ("part",), "The same, summed over the phase, repeated steps included"),
 )  # fmt: skip
 
@@ -76,6 +79,7 @@ class Figures:
     flops_per_token: float = 0.0
     peak_flops_per_s: float | None = None
     bad_losses: dict[str, int] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=lambda: {"compute": 1.0})
 
     def see(self, row: Row) -> None:
         """Take in one row of the log."""
@@ -96,14 +100,18 @@ class Figures:
             if value is not None:
                 self._set([(name, value)], domain=domain)
 
-    def _spend(self, part: str, seconds: float) -> None:
+    def _take(self, part: str, seconds: float) -> None:
         self._set([("part_seconds", seconds)], part=part)
+        self._spend(part, seconds)
+
+    def _spend(self, part: str, seconds: float) -> None:
         before = self.values.get(("shear_spent_seconds", (("part", part),)), 0.0)
         self._set([("spent_seconds", before + seconds)], part=part)
 
     def _start(self, row: Row) -> Iterator[tuple[str, float]]:
         self.workers, self.sequences = row["workers"], row["sequences"]
         self.flops_per_token, self.peak_flops_per_s = row["flops_per_token"], row["peak_flops_per_s"]
+        self.shares = {"compute": 1.0}
         yield "workers", row["workers"]
         yield "planned_steps", row["planned_steps"]
         yield "step", row["step"]
@@ -132,8 +140,7 @@ class Figures:
             done_per_s = row["tokens_per_s"] * self.flops_per_token
             yield "model_flops_utilization", done_per_s / (self.workers * self.peak_flops_per_s)
         yield self._not_finite("step", [row["loss"]])
-        self._spend("data", row["data_wait_s"])
-        self._spend("compute", row["step_s"] - row["data_wait_s"])
+        self._step_parts(row)
         self._by_domain("proportion", row["proportions"])
         self._by_domain("consumed_sequences", row["drawn"])
         self._by_domain("epochs", {d: row["drawn"][d] / size for d, size in self.sequences.items() if size})
@@ -142,6 +149,21 @@ class Figures:
             if state["target"] is not None:
                 self._set([("target_sparsity", state["target"])], group=group)
 
+    def _step_parts(self, row: Row) -> None:
+        """The step's parts; what was spent in one that was not split is shared out as the last one that was."""
+        self._take("data", row["data_wait_s"])
+        busy_s = row["step_s"] - row["data_wait_s"]
+        if "communication_s" in row:
+            parts = {part: row[f"{part}_s"] for part in STEP_PARTS}
+            self.shares = {part: seconds / busy_s for part, seconds in parts.items()}
+            self.values.pop(("shear_part_seconds", (("part", "compute"),)), None)
+            for part, seconds in parts.items():
+                self._set([("part_seconds", seconds)], part=part)
+        elif "compute" in self.shares:
+            self._set([("part_seconds", busy_s)], part="compute")
+        for part, share in self.shares.items():
+            self._spend(part, share * busy_s)
+
     def _evaluation(self, row: Row) -> Iterator[tuple[str, float]]:
         losses, references = row["losses"], row["references"]
         self._by_domain("loss_nats_per_token", losses)
@@ -149,8 +171,8 @@ class Figures:
         excess = {domain: max(losses[domain] - references[domain], 0.0) for domain in references}
         self._by_domain("excess_loss_nats_per_token", excess)
         waited_s = row.get("mixture_wait_s", 0.0)  # logs of earlier releases do not tell it apart
-        self._spend("mixture", waited_s)
-        self._spend("evaluation", row["seconds"] - waited_s)
+        self._take("mixture", waited_s)
+        self._take("evaluation", row["seconds"] - waited_s)
         yield self._not_finite("evaluation", losses.values())
         yield from self._mixture(row)
 
@@ -161,7 +183,7 @@ class Figures:
     def _checkpoint(self, row: Row) -> Iterator[tuple[str, float]]:
         yield "checkpoint_step", row["step"]
         yield "checkpoint_unix_seconds", row["time"]
-        self._spend("checkpoint", row["seconds"])
+        self._take("checkpoint", row["seconds"])
 
     def _not_finite(self, kind: str, losses: Iterable[float]) -> tuple[str, float]:
         self.bad_losses[kind] = sum(not math.isfinite(loss) for loss in losses)

@@ -1,5 +1,6 @@
 """The run's log: one actor that writes the reports of a phase as JSON lines and keeps the newest for the console."""
 
+import contextlib
 import json
 import logging
 import time
@@ -7,11 +8,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from shearing.patience import StorageError
 from shearing.storage import Store, open_store
 
 logger = logging.getLogger(__name__)
 
 KEPT_ROWS = 2000
+WRITE_EVERY_S = 30.0
 
 
 class Watcher(Protocol):
@@ -35,7 +38,9 @@ class RunLog:
     """Appends rows to `<workspace>/metrics/<phase>.jsonl`.
 
     A resumed phase repeats the steps after its checkpoint, so a reader takes the last row of a step and kind.
-    On a local disk each push is appended; an object store cannot append, so there the file is written whole by `flush`.
+    On a local disk each push is appended; an object store cannot append, so there the file is written whole by `flush`,
+    and by a push every 30 s for those who look on. Rows that a life of this actor took with it before they were written
+    are handed in again by `flush`.
     A watcher that fails is let go of, which the log says in a row: what shows a run may not end it.
     """
 
@@ -45,11 +50,13 @@ class RunLog:
         self.rows: deque[tuple[int, dict[str, Any]]] = deque(maxlen=KEPT_ROWS)
         self.last_number = 0
         self.leaving = False
+        self.write_after_s = time.monotonic() + WRITE_EVERY_S
         earlier = self.store.read_bytes(self.name) if self.store.exists(self.name) else b""
-        earlier = self.text = earlier[: earlier.rfind(b"\n") + 1]  # a killed writer leaves half a line
+        earlier = earlier[: earlier.rfind(b"\n") + 1]  # a killed writer leaves half a line
+        self.flushed, self.newest = b"", earlier.splitlines(keepends=True)
         if self.store.is_local:
-            self.store.write_bytes(self.name, self.text)
-            self.text = b""
+            self.store.write_bytes(self.name, earlier)
+            self.newest = []
         self.watchers: list[Watcher] = []
         rows = [json.loads(line) for line in earlier.splitlines()] if watchers else []
         lost = []
@@ -58,8 +65,7 @@ class RunLog:
                 self.watchers.append(make(workspace_uri, phase))
             except Exception as error:
                 logger.exception("the phase goes on without %s", make)
-                name = getattr(make, "__name__", type(make).__name__)
-                lost.append(_without(name, error, rows[-1]["step"] if rows else 0))
+                lost.append(_without(_name(make), error, rows[-1]["step"] if rows else 0))
         for row in rows:
             lost += self._tell("recall", row)
         if lost:
@@ -71,17 +77,26 @@ class RunLog:
 
     def push(self, rows: list[dict[str, Any]]) -> bool:
         """Write rows and keep them for `newer`. Whether the workers are asked to leave."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        if self.store.is_local:
-            self._append(text)
-        else:
-            self.text += text
+        self._write([_line(row) for row in rows])
         lost = []
         for row in rows:
             self.last_number = max(self.last_number + 1, time.time_ns())  # goes on rising in a restarted actor
             self.rows.append((self.last_number, row))
             lost += self._tell("see", row)
         return self.push(lost) if lost else self.leaving
+
+    def _write(self, lines: list[bytes]) -> None:
+        if self.store.is_local:
+            self._append(b"".join(lines))
+            return
+        self.newest += lines
+        if time.monotonic() >= self.write_after_s:
+            with contextlib.suppress(StorageError):  # the rows are kept, and `flush` is who must not fail
+                self.store.hasty().write_bytes(self.name, self._text())
+            self.write_after_s = time.monotonic() + WRITE_EVERY_S
+
+    def _text(self) -> bytes:
+        return self.flushed + b"".join(self.newest)
 
     def _append(self, text: bytes) -> None:
         """Whole or not at all: of a line that a full disk cut off, the next one would become a part."""
@@ -101,9 +116,9 @@ class RunLog:
             try:
                 getattr(watcher, how)(row)
             except Exception as error:
-                logger.exception("the phase goes on without %s, which failed at %s", type(watcher).__name__, row)
+                logger.exception("the phase goes on without %s, which failed at %s", _name(watcher), row)
                 self.watchers.remove(watcher)
-                lost.append(_without(type(watcher).__name__, error, row["step"]))
+                lost.append(_without(_name(watcher), error, row["step"]))
         return lost
 
     def close(self) -> None:
@@ -112,17 +127,35 @@ class RunLog:
             try:
                 watcher.close()
             except Exception:
-                logger.exception("%s could not be closed", type(watcher).__name__)
+                logger.exception("%s could not be closed", _name(watcher))
         self.watchers = []
 
-    def flush(self) -> None:
-        """All that was pushed is on storage when this returns."""
-        if not self.store.is_local:
-            self.store.write_bytes(self.name, self.text)
+    def flush(self, pushed: Sequence[dict[str, Any]] = ()) -> None:
+        """All that was pushed is on storage when this returns, or StorageError is raised.
+
+        `pushed` are the rows since the last flush that went well, of which a restarted actor knows nothing.
+        """
+        if self.store.is_local:
+            return
+        lines = [_line(row) for row in pushed]
+        own = set(lines)
+        self.newest = [line for line in self.newest if line not in own] + lines
+        text = self._text()
+        self.store.write_bytes(self.name, text)
+        self.flushed, self.newest = text, []
 
     def newer(self, than: int) -> list[tuple[int, dict[str, Any]]]:
         """Rows pushed after the one numbered `than`, with their numbers; at most the newest KEPT_ROWS."""
         return [(number, row) for number, row in self.rows if number > than]
+
+
+def _name(shown: Any) -> str:
+    """Of a watcher, or of what makes one."""
+    return str(getattr(shown, "name", None) or getattr(shown, "__name__", type(shown).__name__))
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
 def _without(name: str, error: Exception, step: int) -> dict[str, Any]:

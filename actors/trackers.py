@@ -1,7 +1,9 @@
 """Experiment trackers that a recipe asks for by name, fed with the same figures as the metrics."""
 
 import hashlib
+import threading
 import time
+from queue import SimpleQueue
 from typing import Any
 
 from actors.metrics import Figures, Key, run_name
@@ -10,6 +12,8 @@ from shearing.storage import open_store
 from shearing.training.config import TrackerName
 
 FOLDER = "tracking"
+MOST_WAITING_ROWS = 1000
+CLOSED_WITHIN_S = 20.0
 CLOCKS = ("shear_last_row_unix_seconds", "shear_checkpoint_unix_seconds", "shear_step")
 
 
@@ -109,6 +113,52 @@ class MLflow(Tracker):
     def close(self) -> None:
         """The run is not shown as going on for ever."""
         self.client.set_terminated(self.run_id)
+
+
+class InThread:
+    """A watcher in a thread of its own, so that a server which does not answer holds up neither log nor checkpoint.
+
+    What it raised is raised at the next row; so is TimeoutError, where MOST_WAITING_ROWS are still to be shown.
+    """
+
+    def __init__(self, make: MakeWatcher, workspace_uri: str, phase: str) -> None:
+        self.name = getattr(make, "__name__", type(make).__name__)
+        self._rows: SimpleQueue[tuple[str, dict[str, Any]] | None] = SimpleQueue()
+        self._handed = self._shown = 0
+        self._error: Exception | None = None
+        self._thread = threading.Thread(
+            target=self._show, args=(make, workspace_uri, phase), name=self.name, daemon=True
+        )
+        self._thread.start()
+
+    def recall(self, row: dict[str, Any]) -> None:
+        """Hand over a row that was shown already; however many there are."""
+        self._rows.put(("recall", row))
+
+    def see(self, row: dict[str, Any]) -> None:
+        """Hand over a new row."""
+        if self._error is not None:
+            raise self._error
+        if self._handed - self._shown >= MOST_WAITING_ROWS:
+            raise TimeoutError(f"it has {MOST_WAITING_ROWS:,} rows still to show")
+        self._handed += 1
+        self._rows.put(("see", row))
+
+    def close(self) -> None:
+        """Give the watcher some time to show what waits, and to close."""
+        self._rows.put(None)
+        self._thread.join(timeout=CLOSED_WITHIN_S)
+
+    def _show(self, make: MakeWatcher, workspace_uri: str, phase: str) -> None:
+        try:
+            watcher = make(workspace_uri, phase)
+            while (given := self._rows.get()) is not None:
+                how, row = given
+                getattr(watcher, how)(row)
+                self._shown += how == "see"
+            watcher.close()
+        except Exception as error:
+            self._error = error
 
 
 TRACKERS: dict[TrackerName, MakeWatcher] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ from actors.metrics import RunMetrics
 from actors.nodes import HELD_WITHIN_S, LEAVING, HeldNodes, count_nodes
 from actors.process_group import NodeTorchConfig
 from actors.run_log import RunLog
-from actors.trackers import TRACKERS
+from actors.trackers import TRACKERS, InThread
 from actors.wishes import Wishes, resources_per_worker
 from shearing.data.manifest import load_manifest
 from shearing.errors import UserError
-from shearing.storage import Store, open_store
+from shearing.patience import StorageError
+from shearing.storage import Store, open_store, resolve
 from shearing.training.checkpoint import CheckpointReader
 from shearing.training.engine import prepare_deepspeed
 from shearing.training.loop import Report, Trainer, checkpoint_report, event_report, training_reports
@@ -43,7 +45,7 @@ from shearing.training.watchdog import TrainingDivergedError
 KEPT_CHECKPOINTS = 2
 POLL_S = 1.0
 SETUP_ATTEMPTS = 3
-LEAVE_WITHIN_S = 120.0
+LEAVE_WITHIN_S = 600.0  # a step and a checkpoint of a large model; who asks twice waits no more
 CLOSE_WITHIN_S = 30.0
 LOOK_FOR_ROOM_EVERY_S = 60.0
 NEVER_S = 1e9
@@ -109,7 +111,7 @@ def _phase_actors(phase: PhaseConfig, workspace: Store) -> Iterator[dict[str, An
 
         # Named after their run too: another run of the same cluster may be in a phase of the same name.
         run = hashlib.sha256(workspace.uri.encode()).hexdigest()[:12]
-        watchers = [RunMetrics, *(TRACKERS[name] for name in phase.trackers)]
+        watchers = [RunMetrics, *(partial(InThread, TRACKERS[name]) for name in phase.trackers)]
         log = kept(_actor(RunLog, f"run-log-{phase.name}-{run}").remote(workspace.uri, phase.name, watchers))
         ending.callback(_close, log)
         weights = kept(
@@ -192,7 +194,8 @@ def _fit_group(settings: dict[str, Any], checkpoints: Store) -> dict[str, Any]:
             run_config=RunConfig(
                 name=phase.name,
                 storage_path=checkpoints.path,
-                storage_filesystem=None if checkpoints.is_local else checkpoints.filesystem,
+                # whose uploads are not a Store's, so that its requests have to be patient by themselves
+                storage_filesystem=None if checkpoints.is_local else resolve(checkpoints.uri)[0],
                 failure_config=FailureConfig(max_failures=engine.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             ),
@@ -271,7 +274,10 @@ def _checkpoint(trainer: Trainer, attempt: str) -> str:
         save(trainer, Path(folder))
         # a name of this life of the group alone: files that a dead one left behind can never mix with these
         name = f"step-{step:08d}-of-{world}-{attempt}"
-        ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+        try:
+            ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+        except OSError as error:  # of the upload
+            raise StorageError(f"writing the checkpoint {name} failed: {error}") from error
     return name
 
 
@@ -281,10 +287,12 @@ class _RankLog:
     def __init__(self, actor: Any | None) -> None:
         self.actor = actor
         self.sent: list[Any] = []
+        self.unflushed: list[Report] = []
         self.asked = False
 
     def push(self, report: Report) -> None:
         if self.actor is not None:
+            self.unflushed.append(report)
             self.sent = [*self.sent[-100:], self.actor.push.remote([report])]
 
     def asked_to_leave(self) -> bool:
@@ -296,8 +304,8 @@ class _RankLog:
 
     def flush(self) -> None:
         if self.actor is not None:
-            ray.get([*self.sent, self.actor.flush.remote()])
-            self.sent = []
+            ray.get([*self.sent, self.actor.flush.remote(self.unflushed)])
+            self.sent, self.unflushed = [], []
 
 
 class _Followed:

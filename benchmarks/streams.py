@@ -174,7 +174,7 @@ def train(name: str, batches: Iterator[Any], options: argparse.Namespace, rate: 
 
 
 def planned(source: Any, manifest: Manifest, options: argparse.Namespace, lag: Counter[str]) -> Iterator[torch.Tensor]:
-    """The trainer's own batches: read one step ahead, except where an update may change the proportions."""
+    """The trainer's own batches: read ahead up to the next update of the proportions."""
     splits = {d: manifest.domains[d]["train"] for d in PROPORTIONS}
     count = options.batch_tokens // options.sequence_tokens
     stream = BatchStream(source, splits, count, seed=SEED, rank=0, world=1)
@@ -187,8 +187,7 @@ def planned(source: Any, manifest: Manifest, options: argparse.Namespace, lag: C
         lag["batches"] += 1
         lag["off"] += any(abs(got[d] - p * count) >= 2 for d, p in proportions.items())
         mix = batch.mix
-        if (step + 1) % UPDATE_EVERY_STEPS:
-            stream.read_ahead(step + 1, mix, proportions)
+        stream.read_ahead(step + 1, mix, proportions, -(step + 1) % UPDATE_EVERY_STEPS)
         yield batch.tokens_NT
 
 
@@ -211,7 +210,7 @@ def readers(folder: Path, options: argparse.Namespace, rate: float, lag: Counter
     rows.append(train("Parquet, in process", batches, options, rate, time.perf_counter() - began))
 
     began = time.perf_counter()
-    end = dict.fromkeys(PROPORTIONS, (steps_at(options, rate) + 3) * per_batch)
+    end = dict.fromkeys(PROPORTIONS, (steps_at(options, rate) + UPDATE_EVERY_STEPS + 3) * per_batch)
     feeder = start_feeder(FeedPlan(str(folder), "train", SEED, dict.fromkeys(PROPORTIONS, 0), end))
     RayDataSource(feeder).fetch(first_rows)
     batches = planned(RayDataSource(feeder), manifest, options, lag)

@@ -17,11 +17,12 @@ from types import FrameType
 from typing import TextIO
 
 from orchestrator.console import Console, format_duration
+from orchestrator.failures import storage_failure
 from orchestrator.head_watch import HeadLostError
 from orchestrator.plan import plan
 from orchestrator.plan_text import render_plan
 from orchestrator.preflight import preflight
-from orchestrator.ray_session import RaySession
+from orchestrator.ray_session import JOB_VARIABLE, RaySession
 from orchestrator.recipe import MethodSection, Recipe
 from orchestrator.recipe_loading import load_recipe
 from orchestrator.run import run_recipe
@@ -29,6 +30,7 @@ from orchestrator.stage import Context
 from orchestrator.stages import smaller_folder
 from shearing.errors import UserError
 
+CHECK_STORAGE = "Check the storage, its address, the credentials that this process has for it, and the network."
 DONE, FAILED, TO_MEND = 0, 1, 2
 # Sections that a recipe cannot do without, by the method that a command runs.
 NEEDED: dict[MethodSection, tuple[str, ...]] = {"pruning": ("pruning", "recovery"), "slicing": ()}
@@ -90,6 +92,8 @@ def run_command(command: Command, out: TextIO, err: TextIO, job: Job | None = No
     except HeadLostError as error:
         return _fail(str(error), console)
     except Exception as error:  # the one place where any failure becomes an exit status
+        if failure := storage_failure(error):
+            return _fail(f"{failure}\n{CHECK_STORAGE}", console)
         return _fail("".join(traceback.format_exception(error)).rstrip(), console)
 
 
@@ -112,7 +116,7 @@ def _run(command: Command, console: Console, out: TextIO) -> int:
 def _say_where(recipe: Recipe, context: Context, seconds: float, out: TextIO) -> None:
     store = context.workspace.store
     out.write(f"{recipe.name}: done in {format_duration(seconds)}\n")
-    out.write(f"  report  {store.child('report').uri}/index.html\n")
+    out.write(f"  report  {store.child('report/index.html').uri}\n")
     result = "model" if recipe.recovery is not None else smaller_folder(recipe)
     out.write(f"  model   {store.child(result).uri}\n")
 
@@ -137,7 +141,7 @@ def end_without_ray(console: Console, why: str) -> None:
 
 
 def _again() -> str:
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):  # set by Ray for the driver of a submitted job
+    if os.environ.get(JOB_VARIABLE):
         return "ray job submit --working-dir . -- python " + shlex.join(sys.argv)
     return "python " + shlex.join(sys.argv)
 

@@ -23,7 +23,8 @@ class Hardware:
 
     `peak_flops_per_s` is dense, `achieved_share` what training reaches of it. `link_bytes_per_s` is between two devices
     of a node, `node_bytes_per_s` between two nodes, all adapters of a node together; collectives reach `wire_share` of
-    either. `storage_bytes_per_s` and `feeder_tokens_per_s` are of the whole cluster. None: not known.
+    either. `storage_bytes_per_s` and `feeder_tokens_per_s` are of the whole cluster; a message, of losses or asking for
+    sequences, occupies the one actor that answers it for `*_message_s`. None: not known.
     """
 
     name: str
@@ -37,9 +38,10 @@ class Hardware:
     link_latency_s: float = 5e-6
     node_latency_s: float = 15e-6
     storage_bytes_per_s: float = 2e9
-    feeder_tokens_per_s: float = 5e6
+    feeder_tokens_per_s: float = 1.8e7
+    feeder_message_s: float = 1.5e-3
     actor_round_trip_s: float = 5e-3
-    actor_message_s: float = 1e-3
+    actor_message_s: float = 1.2e-3
 
     @property
     def flops_per_s(self) -> float:
@@ -82,9 +84,10 @@ SOURCES = {
     "link_latency_s": "assumption",
     "node_latency_s": "assumption",
     "storage_bytes_per_s": "assumption, a mid-sized shared file system; of a CPU machine one disk",
-    "feeder_tokens_per_s": "assumption, on the low side; measure it: python benchmarks/streams.py --rates 0",
-    "actor_round_trip_s": "assumption; measure it: python benchmarks/scaling.py actor",
-    "actor_message_s": "assumption; measure it: python benchmarks/scaling.py actor",
+    "feeder_tokens_per_s": "measured on two CPU cores and a local disk: python benchmarks/streams.py --rates 0",
+    "feeder_message_s": "measured on two CPU cores: python benchmarks/scaling.py actor",
+    "actor_round_trip_s": "assumption, of an idle network",
+    "actor_message_s": "measured on two CPU cores: python benchmarks/scaling.py actor",
 }
 """Where constants come from that no data sheet gives."""
 
@@ -94,11 +97,14 @@ class HardwareConfig(Config):
 
     device: GpuName | None = Field(None, description="Default: each that is known, or a measured CPU core")
     achieved_share: float | None = Field(None, gt=0, le=1, description="Of the device's peak, in training")
+    memory_bytes: float | None = Field(None, gt=0, description="Of one device")
     devices_a_node: int | None = Field(None, ge=1)
     link_bytes_per_s: float | None = Field(None, gt=0, description="Between devices of a node, one direction")
     node_bytes_per_s: float | None = Field(None, gt=0, description="Between nodes, one direction")
     storage_bytes_per_s: float | None = Field(None, gt=0, description="Of the workspace, all writers together")
     feeder_tokens_per_s: float | None = Field(None, gt=0, description="Of all streams together")
+    feeder_message_s: float | None = Field(None, gt=0, description="Of the feeder, for one worker's request")
+    actor_message_s: float | None = Field(None, gt=0, description="Of the domain-weight actor, for one worker's losses")
 
 
 def hardware_for(engine: EngineConfig, config: HardwareConfig | None) -> list[Hardware]:

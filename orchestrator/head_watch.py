@@ -28,7 +28,7 @@ class HeadWatch:
 
     def __init__(self, address: str, lost: Callable[[], None]) -> None:
         host, _, port = address.rpartition(":")
-        self.place, self.lost = (host, int(port)), lost
+        self.place, self.lost = (host.strip("[]"), int(port)), lost  # IPv6 comes as [::1]:6379
         self._over = threading.Event()
         threading.Thread(target=self._look, name="head-watch", daemon=True).start()
 

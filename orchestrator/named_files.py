@@ -4,11 +4,13 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import PurePosixPath
+from typing import BinaryIO
 
 from orchestrator.recipe import Recipe
 from shearing.data.installed_text import is_installed_text
 from shearing.data.rule_by_path import find_module
-from shearing.storage import Store, open_store, resolve
+from shearing.patience import StorageError
+from shearing.storage import Store, open_store
 
 # Folders of a workspace that runs and comparisons write, and replace when they write them again.
 WRITTEN_FOLDERS = (
@@ -86,16 +88,20 @@ def model_contents(folder: Store) -> dict[str, str]:
 
 def file_digest(uri: str, end_bytes: int | None = None) -> str:
     """16 hex digits of a file, or of its size and ends; `absent` where there is none."""
-    found = hashlib.sha256()
-    try:
-        filesystem, path = resolve(uri)
-        with filesystem.open_input_file(path) as stream:
-            size = stream.size()
-            found.update(str(size).encode())
+
+    def digest(stream: BinaryIO) -> str:
+        found, size = hashlib.sha256(), stream.seek(0, os.SEEK_END)
+        found.update(str(size).encode())
+        stream.seek(0)
+        found.update(stream.read(end_bytes or size))
+        if end_bytes is not None:
+            stream.seek(max(0, size - end_bytes))
             found.update(stream.read(end_bytes))
-            if end_bytes is not None:
-                stream.seek(max(0, size - end_bytes))
-                found.update(stream.read(end_bytes))
+        return found.hexdigest()[:16]
+
+    try:
+        return open_store(uri).read_with("", digest)
+    except StorageError:  # away, which is not absent: a stage would be taken for one of other inputs
+        raise
     except (OSError, ValueError):
         return "absent"
-    return found.hexdigest()[:16]

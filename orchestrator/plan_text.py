@@ -114,6 +114,9 @@ def _time_lines(plan: Plan) -> Iterator[str]:
         return
     rows = [(phase.name, time) for phase in plan.phases for time in phase.times]
     if not rows:
+        if plan.phases:
+            yield "time            not known: the source's shape is not; its config.json alone would tell"
+            yield ""
         return
     yield "time, forecast          device  step, s      tokens/s       hours  device-hours   what stands in the way"
     for name, time in rows:
@@ -129,7 +132,7 @@ def _time_lines(plan: Plan) -> Iterator[str]:
 def _constant_lines(kinds: list[Hardware]) -> Iterator[str]:
     """What the forecast rests on that no data sheet says."""
     first = kinds[0]
-    if first.memory_bytes is None:
+    if first.name not in GPUS:
         yield f"    {first.flops_per_s / 1e9:.3g} GFLOPs a second a worker, as the quickstart reached (DIARY.md)"
     else:
         yield f"    {first.achieved_share:.0%} of the peak that data sheets give: {_source(first, 'achieved_share')}"

@@ -1,6 +1,7 @@
 """Ray for one run: joined where a cluster is named, embedded otherwise, and quiet unless asked."""
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -9,7 +10,7 @@ import socket
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -22,17 +23,19 @@ from shearing.errors import UserError
 CPU_FOR_ACTORS = 2.0  # streams, mixture, run log: they mostly wait
 CPU_FOR_DATA = 2.0  # read tasks need one each, or a stream hangs for ever
 ADDRESS_VARIABLE = "RAY_ADDRESS"
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
 CONNECT_TIMEOUT_S = 10.0
 # Read by the embedded Ray's node alone. It counts the machine's CPUs otherwise, and warns of the workers and actors
 # that a run needs as of a mistake.
 STARTUP_VARIABLE = "RAY_worker_maximum_startup_concurrency"
 
 # Read by every process of the run. Ray Train polls reports at this interval, 2 s by default: each report would block
-# that long. Printing is patched by Ray Train so that each line comes twice.
+# that long. Printing is patched by Ray Train so that each line comes twice. A process to which Ray gives no GPU would
+# see all of its node otherwise, and those who ask torch whether there is one would compute on another's.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -134,7 +137,7 @@ class RaySession:
             "log_to_driver": self.verbose,
             "logging_level": logging.INFO if self.verbose else logging.ERROR,
             "configure_logging": True,
-            "runtime_env": {"env_vars": {name: os.environ[name] for name in environment}},
+            "runtime_env": {"env_vars": _variables(environment)},
         }
         if self.is_embedded:
             # "local" and nothing else: a file left by another cluster on this machine must not be followed.
@@ -180,6 +183,15 @@ class RaySession:
             raise UserError(findings.problems)
 
 
+def _variables(names: Iterable[str]) -> dict[str, str]:
+    """Those of these variables that every process is to be given with the value that they have here.
+
+    A submitted job's own runtime environment gives what it names already; Ray refuses a variable that both give.
+    """
+    job = json.loads(os.environ.get(JOB_VARIABLE, "{}")).get("runtime_env") or {}
+    return {name: os.environ[name] for name in names if name not in job.get("env_vars", {})}
+
+
 class SurroundingSession(RaySession):
     """Ray as it runs around a task that drives a run of its own: neither started nor ended here."""
 
@@ -201,7 +213,7 @@ def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         try:
-            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
         except OSError as error:
             raise UserError(_cannot_join(address, error)) from None
 

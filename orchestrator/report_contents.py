@@ -5,7 +5,7 @@ import statistics
 from typing import Any
 
 from orchestrator.report_mixture import evaluation_cost, replays, settings
-from orchestrator.report_reading import INTERRUPTION, PhaseRecord, RunRecord
+from orchestrator.report_reading import INTERRUPTION, PhaseRecord, RunRecord, step_shares
 from orchestrator.report_slicing import sliced_shapes, slicing
 
 MOST_POINTS = 4000  # of a series; longer ones are thinned evenly, ends kept
@@ -127,6 +127,7 @@ def _summary(run: RunRecord, phase: str, record: PhaseRecord) -> dict[str, Any]:
         **evaluation_cost(record),
         "tokens_per_s": statistics.median(speeds) if speeds else None,
         "data_wait_share": waited / busy if busy else None,
+        "step_shares": step_shares(rows),
         "interruptions": sum(row.get("event") == INTERRUPTION for row in record.events),
         "repeated_steps": record.repeated_steps,
         "unreadable_lines": record.unreadable_lines,

@@ -12,6 +12,8 @@ from shearing.storage import Store, open_store
 
 PHASES = ("source", "pruning", "recovery", "scratch")
 INTERRUPTION = "resumed"  # the event of a phase that goes on
+STEP_PARTS = ("data_wait_s", "forward_backward_s", "communication_s", "update_s")
+"""What a step's row says of its parts, which add up to its `step_s`."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,17 @@ def read_phase(data: bytes) -> PhaseRecord:
         repeated_steps=seen - len(rows["step"]),
         unreadable_lines=unreadable,
     )
+
+
+def step_shares(rows: list[dict[str, Any]], last: int | None = None) -> dict[str, float]:
+    """Part -> its share of the time of the steps that were split, or of the last few of them; empty where none was.
+
+    On GPUs few steps are split, in logs of earlier releases none.
+    """
+    split = [row for row in rows if row.keys() >= set(STEP_PARTS)]
+    split = split[-last:] if last else split
+    whole = sum(row["step_s"] for row in split)
+    return {part.removesuffix("_s"): sum(row[part] for row in split) / whole for part in STEP_PARTS} if whole else {}
 
 
 def without_nan(value: Any) -> Any:

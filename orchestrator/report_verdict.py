@@ -283,6 +283,17 @@ def _decisions(report: dict[str, Any]) -> list[Fact]:
     return facts
 
 
+def _communication(report: dict[str, Any]) -> list[Fact]:
+    shares = {p: s for p, part in report["phases"].items() if (s := part["summary"].get("step_shares"))}
+    if not shares:
+        return []
+    value = ", ".join(f"{phase}: {percent(split['communication'])}" for phase, split in shares.items())
+    why = (
+        "Share of step time in which the first worker did nothing but wait for collectives, or slower workers in them."
+    )
+    return [fact("communication", "info", "Time that communication took", value, why)]
+
+
 def _forecast(report: dict[str, Any]) -> list[Fact]:
     summaries = {phase: part["summary"] for phase, part in report["phases"].items()}
     known = {phase: part for phase, part in summaries.items() if part.get("step_forecast_s")}
@@ -310,6 +321,7 @@ def _run(report: dict[str, Any]) -> list[Fact]:
         title = "Training did not wait for data" if level == "good" else "Training waited for data"
         why = f"Largest share of step time spent waiting (in {phase}); up to {percent(WAITING_SHARE, 0)} is fine."
         facts.append(fact("waiting", level, title, percent(waits[phase], 2), why))
+    facts += _communication(report)
     facts += _forecast(report)
     provenance = report["provenance"]
     if not provenance["problem"]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from orchestrator.console import format_duration
 from orchestrator.report_contents import planned_steps
-from orchestrator.report_reading import INTERRUPTION, PHASES, PhaseRecord, RunRecord, read_run
+from orchestrator.report_reading import INTERRUPTION, PHASES, PhaseRecord, RunRecord, read_run, step_shares
 from orchestrator.workspace_lock import describe_driver
 from shearing.errors import UserError
 from shearing.storage import Store
@@ -70,6 +70,7 @@ def _phase(run: RunRecord, name: str, record: PhaseRecord, now_s: float) -> dict
         "loss": row["loss"],
         "tokens": row["tokens"],
         "tokens_per_s": row["tokens_per_s"],
+        "step_shares": step_shares(record.steps, RATE_STEPS),
         "left_s": left,
         "last_row_age_s": now_s - max(row["time"] for row in _last_rows(record)),
         "domains": _domains(record),
@@ -136,6 +137,9 @@ def _phase_lines(phase: dict[str, Any]) -> list[str]:
         f"    training loss {phase['loss']:.4f}, {phase['tokens_per_s']:,.0f} tokens/s{workers}; "
         f"last word {format_duration(phase['last_row_age_s'])} ago",
     ]
+    if phase["step_shares"]:
+        shares = ", ".join(f"{part.replace('_', ' ')} {share:.1%}" for part, share in phase["step_shares"].items())
+        lines.append(f"    time of steps: {shares}")
     if checkpoint := phase["checkpoint"]:
         lines.append(f"    checkpoint of step {checkpoint['step']:,}, {format_duration(checkpoint['age_s'])} old")
     else:

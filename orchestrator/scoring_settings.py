@@ -38,6 +38,5 @@ def protocol_of(recipe: Recipe, corpus_uri: str) -> "ScoreProtocol":
 
 
 def task_resources(recipe: Recipe) -> dict[str, float]:
-    """CPUs and GPUs of a task that holds one model: what one worker has, on one GPU at most."""
-    engine = recipe.engine
-    return {"cpus": engine.cpus_per_worker, "gpus": min(1.0, engine.gpus_per_worker)}
+    """CPUs and GPUs of a task that holds one model: what one worker has."""
+    return {"cpus": recipe.engine.cpus_per_worker, "gpus": recipe.engine.gpus_per_worker}

@@ -146,12 +146,12 @@ def run_stage(stage: Stage, context: Context) -> Mark:
 @contextlib.contextmanager
 def _seconds_kept(workspace: Workspace, mark: Mark, started: float) -> Iterator[None]:
     """Keep the time that an attempt takes, now and then while it goes on: its process may die without a word."""
-    over = threading.Event()
+    over, hasty = threading.Event(), workspace.hasty()
 
     def keep() -> None:
         while not over.wait(KEEP_SECONDS_EVERY_S):
             with contextlib.suppress(OSError):  # the next time will tell
-                workspace.interrupted(mark, time.monotonic() - started)
+                hasty.interrupted(mark, time.monotonic() - started)
 
     keeping = threading.Thread(target=keep, name="seconds-spent", daemon=True)
     keeping.start()
@@ -162,7 +162,8 @@ def _seconds_kept(workspace: Workspace, mark: Mark, started: float) -> Iterator[
             over.set()
             keeping.join()  # or it might write over what is written of the stage now
     except BaseException:
-        workspace.interrupted(mark, time.monotonic() - started)
+        with contextlib.suppress(OSError):  # why it ended is what has to be said
+            hasty.interrupted(mark, time.monotonic() - started)
         raise
 
 

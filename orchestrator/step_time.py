@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.hardware import Hardware
 from orchestrator.memory_forecast import DTYPE_BYTES, WorkerMemory, checkpoint_bytes, worker_memory
+from shearing.data.source import STEPS_A_REQUEST
 from shearing.models.family import shape_of, vocabulary_of
 from shearing.models.flops import FROZEN_SHARE, training_flops_per_token
 from shearing.models.parameters import count_parameters
@@ -92,8 +93,9 @@ def step_time(work: Work, engine: EngineConfig, hardware: Hardware, workers: int
     communication = _communication(work, engine, hardware, workers, micro_batches)
     if engine.zero_stage == 3:  # DeepSpeed's overlap_comm: on by default for stage 3 alone
         communication = max(0.0, communication - compute)
-    read = every.global_batch_tokens / hardware.feeder_tokens_per_s
-    ahead = max(0.0, read - compute - communication)
+    served = every.global_batch_tokens / hardware.feeder_tokens_per_s
+    asking = min(workers, work.batch_sequences) * hardware.feeder_message_s
+    ahead = max(0.0, served + asking / STEPS_A_REQUEST - compute - communication)
     updates = 1 / (every.update_mixture_every_steps or every.evaluate_every_steps)
     saved = checkpoint_bytes(work.adapters or work.parameters, work.gates)
     gathered = saved / hardware.wire_bytes_per_s(workers) if workers > 1 else 0.0
@@ -101,7 +103,7 @@ def step_time(work: Work, engine: EngineConfig, hardware: Hardware, workers: int
     return StepTime(
         compute=compute,
         communication=communication,
-        data=(1 - updates) * ahead + updates * read,  # what follows an update cannot be read before it
+        data=(1 - updates) * ahead + updates * (served + asking),  # what follows an update cannot be read before it
         evaluation=_evaluation(work, engine, hardware, workers) / every.evaluate_every_steps,
         mixture=asked * updates,
         checkpoint=(gathered + saved / hardware.storage_bytes_per_s) / every.checkpoint_every_steps,

@@ -64,6 +64,10 @@ class Workspace:
     def __init__(self, store: Store) -> None:
         self.store = store
 
+    def hasty(self) -> "Workspace":
+        """The same one, for what is not worth waiting for."""
+        return Workspace(self.store.hasty())
+
     def mark(self, stage: str) -> Mark | None:
         """The mark of a stage, or None where it never began."""
         name = f"stages/{stage}.json"

@@ -101,17 +101,21 @@ def _file_lock(store: Store) -> Iterator[None]:
 def _stamp(store: Store, say: Say) -> Iterator[None]:
     _wait_for_stamp(store, say)
     done, own = threading.Event(), {"driver": uuid.uuid4().hex}
+    hasty = store.hasty()  # a try that went on after the end would leave a stamp
 
     def is_own() -> bool:
-        return not store.exists(STAMP_NAME) or store.read_json(STAMP_NAME).get("driver") == own["driver"]
+        return not hasty.exists(STAMP_NAME) or hasty.read_json(STAMP_NAME).get("driver") == own["driver"]
 
     def renew() -> None:
-        while not done.wait(STAMP_EVERY_S):
-            with contextlib.suppress(OSError, ValueError):  # a storage that fails for good stops the run elsewhere
+        wait_s = STAMP_EVERY_S
+        while not done.wait(wait_s):
+            wait_s = STAMP_POLL_S  # after a failure; one for good stops the run elsewhere
+            with contextlib.suppress(OSError, ValueError):
                 if not is_own():
                     say(f"another driver took {store.uri} over while this one was not heard of; stop one of the two")
                     return
-                store.write_json(STAMP_NAME, _self() | own)
+                hasty.write_json(STAMP_NAME, _self() | own)
+                wait_s = STAMP_EVERY_S
 
     store.write_json(STAMP_NAME, _self() | own)
     thread = threading.Thread(target=renew, name="workspace-stamp", daemon=True)
@@ -123,7 +127,7 @@ def _stamp(store: Store, say: Say) -> Iterator[None]:
         thread.join(timeout=5)
         with contextlib.suppress(OSError, ValueError):
             if is_own():
-                store.delete(STAMP_NAME)
+                hasty.delete(STAMP_NAME)
 
 
 def _wait_for_stamp(store: Store, say: Say) -> None:

@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         workspace = open_named("WORKSPACE", options.workspace)
+        if not options.follow:  # who looks once wants to know now
+            workspace = workspace.hasty()
         while True:
             state = read_state(workspace, time.time())
             if options.json:

@@ -23,7 +23,7 @@ from journeys import ROOT, Journey, end_with_children, newest_step
 from ray.cluster_utils import Cluster
 
 CPUS_OF_A_NODE = 1
-HELD_STILL_S = 0.1
+SLICE_S, LOOKED_AT_S, HELD_STILL_S = 0.004, 0.02, 0.2
 
 
 class ElasticRun:
@@ -61,21 +61,25 @@ class ElasticRun:
         self.cluster.remove_node(node, allow_graceful=False)
 
     def _caught(self, moment: str, worker: psutil.Process) -> bool:
-        """Whether the worker now stands still in the middle of it; goes on where it does not."""
+        """Whether the worker now stands still in the middle of it; goes on for a moment where it does not.
+
+        What it takes from the other worker's doings to its own end is milliseconds long. So it runs in slices that are
+        shorter than that, and stands still between them for as long as the other needs to show where it is.
+        """
 
         def holds() -> bool:
             if moment == "saving":
                 return incomplete(self.journey.workspace / "checkpoints" / self.phase)
             return evaluating(self.journey, self.phase)
 
-        if not holds():
-            time.sleep(0.001)
-            return False
         worker.send_signal(signal.SIGSTOP)
-        time.sleep(HELD_STILL_S)
-        if still := holds():
-            return still
+        time.sleep(LOOKED_AT_S)
+        if holds():
+            time.sleep(HELD_STILL_S)
+            if holds():
+                return True
         worker.send_signal(signal.SIGCONT)
+        time.sleep(SLICE_S)
         return False
 
 

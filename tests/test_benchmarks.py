@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TESTED = {"corpus", "inference", "mask_overhead", "orchestration", "scaling", "slicing", "start", "streams"}
+TESTED = {
+    "corpus",
+    "inference",
+    "mask_overhead",
+    "orchestration",
+    "scaling",
+    "slicing",
+    "start",
+    "step_parts",
+    "streams",
+}
 
 
 def run(name: str, *arguments: str, seconds: int = 300) -> str:
@@ -74,6 +84,16 @@ def test_streams():
     for reader in ("DataLoader cursor", "Parquet, in process", "Ray Data feeder"):
         assert re.search(rf"^{reader} +flat out .*%.*x$", printed, flags=re.MULTILINE), printed
     assert ": 0 were off by 2" in printed, "proportions that change reach the very next batch"
+
+
+@pytest.mark.slow
+def test_step_parts():
+    """Also that the parts add up to the step."""
+    printed = run("step_parts", "--pairs", "3", "--megabytes", "0.4")
+    rows = re.findall(r"^ +[13] .* to [\d.]+\) +[\d.]+ +[\d.]+ %((?: +[\d.]+ %){4})$", printed, flags=re.MULTILINE)
+    assert len(rows) == 2, printed
+    for shares in rows:
+        assert sum(map(float, re.findall(r"[\d.]+", shares))) == pytest.approx(100, abs=0.03)
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ Shape suffixes: N sequences, R rows of a read unit, T tokens of a sequence.
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -42,11 +44,9 @@ def read_unit(corpus: Store, unit: DrawUnit) -> UnitRows:
     tokens = [np.empty(0)] * len(unit.pieces)
     ids = [np.empty(0)] * len(unit.pieces)
     for path, wanted in groups.items():
-        with corpus.filesystem.open_input_file(corpus.locate(path)) as file:
-            reader = pq.ParquetFile(file, pre_buffer=True)
-            for position, row_group in wanted:
-                table = reader.read_row_group(row_group, columns=["sequence_id", "tokens"], use_threads=False)
-                tokens[position], ids[position] = table_tokens(table), table.column("sequence_id").to_numpy()
+        tables = corpus.read_with(path, partial(_read_groups, groups=[row_group for _, row_group in wanted]))
+        for (position, _), table in zip(wanted, tables, strict=True):
+            tokens[position], ids[position] = table_tokens(table), table.column("sequence_id").to_numpy()
     tokens_RT, ids_R = np.concatenate(tokens), np.concatenate(ids)
     if len(ids_R) != unit.rows:
         raise CorpusDamagedError(
@@ -54,6 +54,11 @@ def read_unit(corpus: Store, unit: DrawUnit) -> UnitRows:
             f"Delete this folder and prepare the corpus again."
         )
     return UnitRows(unit.first_index, tokens_RT[unit.arrangement], ids_R[unit.arrangement])
+
+
+def _read_groups(file: BinaryIO, groups: list[int]) -> list[pa.Table]:
+    reader = pq.ParquetFile(file, pre_buffer=True)
+    return [reader.read_row_group(group, columns=["sequence_id", "tokens"], use_threads=False) for group in groups]
 
 
 def table_tokens(table: pa.Table) -> np.ndarray:

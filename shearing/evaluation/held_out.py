@@ -1,5 +1,7 @@
 """The held-out sequences that losses and perplexities are measured on."""
 
+from typing import BinaryIO
+
 import numpy as np
 import pyarrow.parquet as pq
 
@@ -49,14 +51,16 @@ def _spread(sizes: list[int], wanted: int) -> list[int]:
 
 
 def _first_rows(corpus: Store, shard: str, wanted: int, sequence_tokens: int) -> list[np.ndarray]:
-    parts: list[np.ndarray] = []
-    with corpus.filesystem.open_input_file(corpus.locate(shard)) as stream:
-        file = pq.ParquetFile(stream)
+    def read(stream: BinaryIO) -> list[np.ndarray]:
+        parts: list[np.ndarray] = []
+        file, missing = pq.ParquetFile(stream), wanted
         for group in range(file.num_row_groups):
-            if wanted <= 0:
+            if missing <= 0:
                 break
             column = file.read_row_group(group, columns=["tokens"]).column("tokens").combine_chunks()
-            tokens_NT = column.flatten().to_numpy().astype(np.int64).reshape(-1, sequence_tokens)[:wanted]
+            tokens_NT = column.flatten().to_numpy().astype(np.int64).reshape(-1, sequence_tokens)[:missing]
             parts.append(tokens_NT)
-            wanted -= len(tokens_NT)
-    return parts
+            missing -= len(tokens_NT)
+        return parts
+
+    return corpus.read_with(shard, read)

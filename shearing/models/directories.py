@@ -1,5 +1,6 @@
 """Model directories in workspaces that may lie on object stores: what `transformers` opens must be on a local disk."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -27,13 +28,22 @@ def local_directory(uri: str) -> Path:
     folder = Path(tempfile.gettempdir()) / f"shear-models-{os.getuid()}" / name
     if not folder.is_dir():
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent))
-        pafs.copy_files(store.path, str(partial), source_filesystem=store.filesystem)
-        try:
-            partial.rename(folder)
-        except OSError:  # another process of this node was first
-            shutil.rmtree(partial)
+        with open(f"{folder}.lock", "w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # all workers of a node come here at the same moment
+            if not folder.is_dir():
+                _copy(store, folder)
     return folder
+
+
+def _copy(store: Store, folder: Path) -> None:
+    """Whole or not at all; what a process that died here had copied stays behind, under another name."""
+    partial = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        store.download(partial)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    partial.rename(folder)
 
 
 def _listing(store: Store) -> list[str]:
@@ -41,9 +51,7 @@ def _listing(store: Store) -> list[str]:
 
     The size alone would do for no model trained a second time: weights of one shape always have one size.
     """
-    filesystem = store.filesystem
-    selector = pafs.FileSelector(store.path, allow_not_found=True, recursive=True)
-    files = [info for info in filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
+    filesystem, files = store.filesystem, store.files()
     if isinstance(filesystem, pafs.PyFileSystem) and isinstance(filesystem.handler, pafs.FSSpecHandler):
         versions = [filesystem.handler.fs.ukey(info.path) for info in files]
     else:
@@ -58,6 +66,4 @@ def publish_directory(folder: Path, store: Store) -> None:
     store.delete()
     files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda p: p.name == "config.json")
     for path in files:
-        target = store.locate(str(path.relative_to(folder)))
-        store.filesystem.create_dir(os.path.dirname(target), recursive=True)
-        pafs.copy_files(str(path), target, destination_filesystem=store.filesystem)
+        store.upload(path, str(path.relative_to(folder)))

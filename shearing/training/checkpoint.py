@@ -7,7 +7,9 @@ checkpoint.
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +48,9 @@ class _PartWriter:
         self.files: dict[str, int] = {}
 
     def add(self, state: NamedState) -> None:
-        """Take a parameter with its moments; they stay in one file, for loading reads file by file."""
+        """Take a parameter with its moments to the CPU; they stay in one file, for loading reads file by file."""
         tensors = {state.name: state.value} | {f"{state.name}::{key}": m for key, m in state.moments.items()}
-        self.tensors |= {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self.tensors |= {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         self.held_bytes += sum(tensor.nbytes for tensor in tensors.values())
         if self.held_bytes >= PART_BYTES:
             self.flush()
@@ -97,13 +99,14 @@ class CheckpointReader:
     store: Store
 
     def __post_init__(self) -> None:
-        if not self.store.exists(INDEX_NAME):
+        found = {info.base_name: info.size for info in self.store.files()}
+        if INDEX_NAME not in found:
             raise IncompleteCheckpointError(f"{self.store.uri} has no {INDEX_NAME}")
         for name, size in self.files.items():
-            if not self.store.exists(name) or self.store.size(name) != size:
+            if found.get(name) != size:
                 raise IncompleteCheckpointError(f"{self.store.uri}/{name} is missing or not {size} bytes long")
 
-    @property
+    @cached_property
     def files(self) -> dict[str, int]:
         """Bytes of each file, by name."""
         files: dict[str, int] = self.store.read_json(INDEX_NAME)["files"]
@@ -130,14 +133,16 @@ class CheckpointReader:
 
 
 def load_checkpoint(engine: Engine, reader: CheckpointReader, step: int) -> None:
-    """Fill the engine: each file is read by one rank and its tensors handed to all (collective)."""
+    """Fill the engine: each file is read by one rank, all ranks at the same time, and handed to all (collective)."""
     rank, world = dist.get_rank(), dist.get_world_size()
     parameters = dict(engine.named_parameters())
     engine.begin_loading(step)
     missing = set(parameters)
-    for number, file in enumerate(reader.weight_files):
+    files = reader.weight_files
+    mine = _ReadAhead(reader, files[rank::world])
+    for number in range(len(files)):
         owner = number % world
-        tensors = reader.weights(file) if owner == rank else {}
+        tensors = mine.next() if owner == rank else {}
         whole_names = [n for n in tensors if all(f"{n}::{moment}" in tensors for moment in ADAM_MOMENTS)]
         listing: list[Any] = [{name: tuple(tensors[name].shape) for name in whole_names}]
         dist.broadcast_object_list(listing, src=owner)
@@ -151,6 +156,28 @@ def load_checkpoint(engine: Engine, reader: CheckpointReader, step: int) -> None
             missing.discard(name)
     if missing:
         raise IncompleteCheckpointError(f"{reader.store.uri} has no weights or moments for {sorted(missing)[:5]}")
+
+
+class _ReadAhead:
+    """The tensors of files, one file after another; the next one is read while the last is in use.
+
+    Read only when it is a rank's turn, all files would be read one by one while every other rank waits.
+    """
+
+    def __init__(self, reader: CheckpointReader, files: list[str]) -> None:
+        self.reader, self.files = reader, iter(files)
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-checkpoint")
+        self._begin()
+
+    def _begin(self) -> None:
+        file = next(self.files, None)
+        self.reading = self.thread.submit(self.reader.weights, file) if file is not None else None
+
+    def next(self) -> dict[str, torch.Tensor]:
+        assert self.reading is not None, "each file once"
+        tensors = self.reading.result()
+        self._begin()
+        return tensors
 
 
 def _handed_out(tensor: torch.Tensor | None, shape: tuple[int, ...], owner: int, device: torch.device) -> torch.Tensor:

@@ -105,6 +105,18 @@ class EngineConfig(Config):
     activation_checkpointing: bool = False
     max_failures: int = Field(3, ge=-1, description="Worker failures that a phase survives; -1 is without limit")
 
+    @model_validator(mode="after")
+    def _a_device_each(self) -> "EngineConfig":
+        """DeepSpeed and NCCL want one device for each worker of a node, numbered as the workers are."""
+        shared = self.gpus_per_worker % 1 and self.most_workers > 1
+        if self.gpus_per_worker > 1 or shared:
+            raise ValueError(
+                f"gpus_per_worker is {self.gpus_per_worker:g}; a worker trains on one GPU, and several cannot share "
+                "one; allowed: 0, 1, and a part of one for a single worker. Set gpus_per_worker to 1, and workers to "
+                "the number of GPUs"
+            )
+        return self
+
     @property
     def least_workers(self) -> int:
         """Workers without which training waits."""

@@ -5,7 +5,7 @@ Shapes: B sequences of a micro-batch, T tokens.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,11 @@ def prepare_deepspeed() -> torch.device:
 
 
 def deepspeed_config(training: TrainingConfig, engine: EngineConfig, accumulation_steps: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration. The gradient clip is always given: its default is not "none"."""
+    """DeepSpeed's own configuration.
+
+    The gradient clip is always given: its default is not "none". DeepSpeed's own clock is off: it would wait for the
+    device before and after every micro-batch.
+    """
     return {
         "train_micro_batch_size_per_gpu": engine.micro_batch_sequences,
         "gradient_accumulation_steps": accumulation_steps,
@@ -46,6 +50,7 @@ def deepspeed_config(training: TrainingConfig, engine: EngineConfig, accumulatio
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": engine.dtype == "bfloat16"},
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 10**12,
     }
 
@@ -64,7 +69,7 @@ def partitioned_loading(config: dict[str, Any]) -> object | None:
 
 @dataclass(frozen=True)
 class NamedState:
-    """One parameter whole, in float32 on CPU: its value and its Adam moments."""
+    """One parameter whole, in float32 on the engine's device: its value and its Adam moments."""
 
     name: str
     value: torch.Tensor
@@ -108,9 +113,11 @@ class Engine:
         for group in self.zero.param_groups:
             group["lr"] = learning_rate
 
-    def accumulate(self, loss: torch.Tensor) -> None:
+    def accumulate(self, loss: torch.Tensor, before_update: Callable[[], None] = lambda: None) -> None:
         """Backward of one micro-batch's mean loss; after the last one of a batch the update happens by itself."""
         self.deepspeed.backward(loss)
+        if self.deepspeed.is_gradient_accumulation_boundary():
+            before_update()
         self.deepspeed.step()
 
     def gradient_norm(self) -> float:
@@ -128,8 +135,8 @@ class Engine:
 
         for name, parameter in self.named_parameters():
             value = safe_get_full_fp32_param(parameter)
-            moments = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in ADAM_MOMENTS}
-            yield NamedState(name, value.cpu(), moments)
+            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in ADAM_MOMENTS}
+            yield NamedState(name, value, moments)
 
     def begin_loading(self, step: int) -> None:
         """Make empty Adam state for `step` finished updates; `load` then fills it parameter by parameter."""

@@ -25,6 +25,7 @@ from shearing.training.distillation import Teacher
 from shearing.training.engine import Engine
 from shearing.training.mask_learning import MaskLearner
 from shearing.training.schedule import learning_rate
+from shearing.training.step_clock import clock_for
 from shearing.training.watchdog import Watchdog
 
 Report = dict[str, Any]
@@ -127,21 +128,24 @@ class Trainer:
             self.update_every_steps = config.update_mixture_every_steps or config.evaluate_every_steps
         self.consumed = ConsumedSequences(stream.splits)
         self.domains = list(stream.sequences)
-        self.step_began_s = 0.0
+        self.clock = clock_for(engine.device, stream.rank)
         self.evaluated_step = -1
         self.held_checkpoint = False
 
     def next_batch(self) -> Batch:
-        """This step's batch, and the reading of the next one begun where its proportions are settled."""
-        self.step_began_s = time.perf_counter()
+        """This step's batch, and the reading of the next ones gone on with where their proportions are settled."""
+        self.clock.begin()
         step, proportions = self.state.step, self.state.mixture.proportions
         torch.manual_seed(self.stream.seed * 1_000_003 + step * 4099 + self.stream.rank)
         batch = self.stream.next(step, self.state.mix, proportions)
         self._mark_consumed(batch)
-        after = step + 1
-        if after < self.config.steps and after % self.update_every_steps:
-            self.stream.read_ahead(after, batch.mix, proportions)
+        self.stream.read_ahead(step + 1, batch.mix, proportions, self._settled_steps(step + 1))
         return batch
+
+    def _settled_steps(self, step: int) -> int:
+        """How many steps from this one on have the proportions of now; 0 where an update comes before it."""
+        until_update = -step % self.update_every_steps
+        return min(until_update, self.config.steps - step)
 
     def _mark_consumed(self, batch: Batch) -> None:
         places: dict[tuple[str, int], list[int]] = {}
@@ -162,6 +166,7 @@ class Trainer:
         Returns [domains, 3]: this rank's sums over its sequences of the cross-entropy in nats a token, of one, and of
         the divergence from the teacher (0 without one).
         """
+        self.clock.begin_forward()
         sums = torch.zeros(len(self.domains), 3, dtype=torch.float64, device=self.engine.device)
         self.engine.begin_update(learning_rate(self.config, self.state.step))
         self.engine.model.train()
@@ -178,9 +183,10 @@ class Trainer:
                 divergence_B = self.teacher.divergences(logits_BTV, tokens_BT)
                 loss = self.teacher.blend(loss, divergence_B.mean())
             # the engine takes the mean over ranks and micro-batches; every sequence has to count alike in it
-            self.engine.accumulate(loss * (len(draws) * count * self.stream.world / whole))
+            share = len(draws) * count * self.stream.world / whole
+            self.engine.accumulate(loss * share, self.clock.begin_update)
             domains = [self.domains.index(draw.domain) for draw in draws]
-            domain_B = torch.tensor(domains, dtype=torch.long).to(sums.device)
+            domain_B = torch.tensor(domains, dtype=torch.long).to(sums.device, non_blocking=True)
             rows_B3 = torch.stack([loss_B.detach(), torch.ones_like(loss_B), divergence_B.detach()], dim=1).double()
             # on the device: reading a loss here would wait for it
             sums.index_add_(0, domain_B, rows_B3[: len(draws)])
@@ -199,12 +205,12 @@ class Trainer:
         dist.all_reduce(summed)
         *_, (save, leave, _) = summed.tolist()
         self.wish, total = Wish(save > 0, leave > 0), summed[:-1].cpu()
+        seconds = self.clock.end(batch.wait_s)
         loss = float(total[:, 0].sum() / total[:, 1].sum())
         rate, norm = learning_rate(self.config, self.state.step), self.engine.gradient_norm()
         self.watchdog.see_loss(self.state.step, loss, norm, self.config.learning_rate)
         proportions = self.state.mixture.proportions
         step = self.state.step + 1
-        step_s = time.perf_counter() - self.step_began_s
         report: Report = {
             "kind": "step",
             "step": step,
@@ -214,9 +220,8 @@ class Trainer:
             "losses": {d: s / n for d, (s, n, _) in zip(self.domains, total.tolist(), strict=True) if n},
             "learning_rate": rate,
             "gradient_norm": norm,
-            "tokens_per_s": self.config.global_batch_tokens / step_s,
-            "step_s": step_s,
-            "data_wait_s": batch.wait_s,
+            "tokens_per_s": self.config.global_batch_tokens / seconds["step_s"],
+            **seconds,
             "proportions": proportions,
             "drawn": batch.mix.drawn,
         }
@@ -328,7 +333,8 @@ class Trainer:
         losses = summed_losses(sums, self.engine.device)
         # in the proportions of the batches, whose losses the watchdog knows; one domain's NaN is the mixture's matter
         shares = {d: self.state.mixture.proportions[d] for d, loss in losses.items() if math.isfinite(loss)}
-        mean = sum(share * losses[d] for d, share in shares.items()) / sum(shares.values()) if shares else math.nan
+        drawn = sum(shares.values())  # 0 where all that is trained on has no loss that is a number
+        mean = sum(share * losses[d] for d, share in shares.items()) / drawn if drawn else math.nan
         self.watchdog.see_held_out(self.state.step, mean, self.config.learning_rate)
         return sums, losses
 

@@ -3,6 +3,7 @@
 Everything here runs the same in a plain process group and under Ray Train.
 """
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from shearing.data.manifest import Split, load_manifest
 from shearing.data.mixing import MixState
 from shearing.data.mixture import initial_state
 from shearing.data.source import SequenceSource
+from shearing.errors import UserError
 from shearing.evaluation.held_out import held_out_sequences
 from shearing.models.directories import local_directory
 from shearing.models.family import family_of
@@ -95,7 +97,11 @@ def build_trainer(
     mixture: MixtureClient,
     ask: Callable[[], Wish] = no_wish,
 ) -> Trainer:
-    """Put a phase together at its first step. `restore` then moves it to a checkpoint's."""
+    """Put a phase together at its first step. `restore` then moves it to a checkpoint's (collective).
+
+    Raises UserError, on every rank alike, where the node of any lacks a model.
+    """
+    require_models(phase, place)
     corpus = open_store(phase.corpus)
     manifest = load_manifest(corpus)
     domains = list(phase.proportions)
@@ -142,6 +148,32 @@ def build_trainer(
         lora=phase.lora,
         ask=ask,
     )
+
+
+def require_models(phase: PhaseConfig, place: Place) -> None:
+    """Raise UserError on every rank where the node of any lacks a model (collective).
+
+    A rank that left because of what it alone had found would be waited for in the others' next collective.
+    """
+    teacher = phase.distillation.teacher if phase.distillation is not None else None
+    mine = ("", "")
+    try:
+        for model in filter(None, (phase.model, teacher)):
+            read_config(local_directory(model))
+    except UserError as error:
+        mine = (str(error), socket.gethostname())
+    found = [mine] * place.world
+    dist.all_gather_object(found, mine)
+    nodes: dict[str, set[str]] = {}
+    for problem, node in filter(any, found):
+        nodes.setdefault(problem, set()).add(node)
+    if nodes:
+        raise UserError([f"{problem} {_seen_on(sorted(where))}" for problem, where in nodes.items()])
+
+
+def _seen_on(nodes: list[str]) -> str:
+    more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
+    return f"This is so on {', '.join(nodes[:3])}{more}; every node with workers has to see it under that name."
 
 
 def start_report(phase: PhaseConfig, trainer: Trainer) -> Report:

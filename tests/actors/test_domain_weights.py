@@ -1,6 +1,7 @@
 """One decision for all ranks, whoever is killed."""
 
 import asyncio
+import itertools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import time
 
 import pytest
 import ray
+from failing_storage import AWAY, failing_store
 
 from actors.domain_weights import (
     CollectionError,
@@ -20,6 +22,7 @@ from actors.domain_weights import (
 from shearing.data.config import MixtureConfig
 from shearing.data.mixture import MixtureState, initial_state, next_state
 from shearing.errors import UserError
+from shearing.patience import StorageError
 
 PRIOR = {"a": 0.6, "b": 0.4}
 REFERENCES = {"a": 2.0, "b": 1.0}
@@ -78,6 +81,18 @@ def test_made_anew_it_answers_a_rank_that_missed_the_answer(tmp_path):
     anew = weights(tmp_path)
     assert hand_in(anew, (50, 1, 2, "x", START, SHARES[1])) == [EXPECTED]
     assert [s.version for s in anew.history()] == [0, 1]
+
+
+def test_a_decision_that_cannot_be_written_is_told_to_all_and_can_be_made_later(tmp_path):
+    """Catches ranks that wait for ever for a decision which the storage refused, and an actor that is spoilt by it."""
+    store, handler = failing_store(tmp_path / "remote")
+    actor, calls = weights(tmp_path), [(50, rank, 2, "x", START, SHARES[rank]) for rank in range(2)]
+    actor._folder, handler.faults = store.hasty(), itertools.repeat(AWAY)
+    assert [type(answer) for answer in hand_in(actor, *calls)] == [StorageError, StorageError]
+    assert actor.state() == START
+    handler.faults = iter(())
+    assert hand_in(actor, *calls) == [EXPECTED, EXPECTED]
+    assert store.list() == ["000001.json"]
 
 
 def test_handing_in_twice_counts_once(tmp_path):

@@ -101,14 +101,27 @@ def test_killed_feeder_goes_on_where_it_was_asked(ray_session, corpus, plain):
 def test_rewinding_to_a_checkpoint_gives_the_same_rows_again(ray_session, corpus, plain, monkeypatch):
     """Catches rows dropped for good once served. Windows of one unit: what lies behind is really gone."""
     monkeypatch.setattr(feeder, "WINDOW_UNITS", 1)
-    local = SequenceFeeder(plan_for(corpus))
-    for start in (0, 900, 10, 2500, 0):
-        draws = [Draw(d, i) for d in SEQUENCES for i in range(start, start + 300, 7)]
+    local, rebuilds = SequenceFeeder(plan_for(corpus, end=3150)), []
+    for start in (0, 600, 1200, 1800, 2400, 3000, 0):
+        draws = [Draw(d, i) for d in SEQUENCES for i in range(start, start + 150, 7)]
         tokens, ids = local.fetch(draws)
         assert equal(Sequences(tokens, ids), plain.fetch(draws)), start
-    assert local.stats()["rebuilds"] >= 6
-    held = [len(stream._windows) for stream in local.streams.values()]
-    assert max(held) <= feeder.KEPT_WINDOWS
+        rebuilds.append(local.stats()["rebuilds"])
+    assert rebuilds[-1] > rebuilds[-2] > 0, "of leaps ahead, and of the way back"
+    assert all(len(stream._windows) <= stream._kept_windows for stream in local.streams.values())
+
+
+def test_a_request_of_many_windows_reads_each_once(ray_session, corpus, plain, monkeypatch):
+    """Catches windows that a request takes away from itself, or from a rank that is one request behind."""
+    monkeypatch.setattr(feeder, "WINDOW_UNITS", 1)
+    local = SequenceFeeder(plan_for(corpus))
+    for start in range(0, 1500, 300):
+        for first in (start, max(0, start - 300)):
+            draws = [Draw(d, i) for d in SEQUENCES for i in range(first, first + 300)]
+            assert equal(Sequences(*local.fetch(draws)), plain.fetch(draws))
+    for stream in local.streams.values():
+        last = stream.order.unit_number(1499)
+        assert stream.windows_opened in (last + 1, last + 2), "the next one is begun ahead"
 
 
 def test_a_stale_request_far_ahead_does_not_hold_up_the_others(ray_session, corpus, plain, monkeypatch):

@@ -23,6 +23,7 @@ START = {
 START |= {"sequences": {"wiki": 40, "code": 0}, "flops_per_token": 6e9, "peak_flops_per_s": 1e15}
 STEP = {"kind": "step", "step": 3, "time": 107.5, "tokens": 1536, "loss": 2.5, "losses": {"wiki": 2.5}}
 STEP |= {"learning_rate": 1e-4, "gradient_norm": 0.7, "tokens_per_s": 2e5, "step_s": 2.0, "data_wait_s": 0.5}
+SPLIT = {"forward_backward_s": 0.75, "communication_s": 0.5, "update_s": 0.25}
 STEP |= {"proportions": {"wiki": 0.25, "code": 0.75}, "drawn": {"wiki": 50, "code": 0}, "divergence": 0.3}
 GROUP = {"expected": 0.2, "target": 0.25, "undecided": 7, "size": 8}
 STEP |= {"sparsity": {"head": GROUP, "hidden": GROUP | {"target": None}}}
@@ -31,7 +32,10 @@ EVALUATION |= {"references": {"wiki": 1.5, "code": 1.25}, "proportions": {"wiki"
 EVALUATION |= {"seconds": 1.5, "mixture_wait_s": 0.5}
 CHECKPOINT = {"kind": "checkpoint", "step": 3, "time": 111.0, "name": "step-3", "seconds": 4.0}
 RESUMED = {"kind": "event", "step": 0, "time": 99.0, "event": "resumed", "text": "goes on"}
+UNSPLIT = STEP
+STEP = UNSPLIT | SPLIT
 ROWS = [START, RESUMED, STEP, EVALUATION, CHECKPOINT]
+STEP_PARTS = {("forward_backward",): 0.75, ("communication",): 0.5, ("update",): 0.25}
 
 
 def seen(*rows):
@@ -62,15 +66,30 @@ class TestFigures:
         assert values(figures, "shear_tokens_per_second_per_worker") == {(): 5e4}
         # 2e5 tokens/s of 6e9 FLOPs over four devices of 1e15 a second
         assert math.isclose(values(figures, "shear_model_flops_utilization")[()], 0.3)
-        parts = {("data",): 0.5, ("compute",): 1.5, ("evaluation",): 1.0, ("mixture",): 0.5, ("checkpoint",): 4.0}
+        parts = {("data",): 0.5, **STEP_PARTS, ("evaluation",): 1.0, ("mixture",): 0.5, ("checkpoint",): 4.0}
         assert values(figures, "shear_part_seconds") == parts
+        assert values(figures, "shear_spent_seconds") == parts
         assert values(figures, "shear_last_row_unix_seconds") == {(): 111.0}
 
     def test_sums_and_counts_go_on(self):
         # catches a sum that a row replaces, and restarts that a start row forgets
         figures = seen(*ROWS, RESUMED, START, STEP)
-        assert values(figures, "shear_spent_seconds")["compute",] == 3.0
+        assert values(figures, "shear_spent_seconds")["communication",] == 1.0
         assert values(figures, "shear_restarts") == {(): 2.0}
+
+    def test_steps_that_were_not_split(self):
+        # catches logs of earlier releases that cannot be recalled, and a GPU's sample that stands for one step only
+        figures = seen(START, UNSPLIT)
+        whole = {("data",): 0.5, ("compute",): 1.5}
+        assert values(figures, "shear_part_seconds") == values(figures, "shear_spent_seconds") == whole
+        for row in (STEP, UNSPLIT | {"step_s": 3.5}):
+            figures.see(row)
+        assert values(figures, "shear_part_seconds") == {("data",): 0.5} | STEP_PARTS, "those of the sample"
+        spent = {part: 3 * seconds for part, seconds in STEP_PARTS.items()}  # 1.5 s in the sample, 3.0 after it
+        assert values(figures, "shear_spent_seconds") == {("data",): 1.5, ("compute",): 1.5} | spent
+        figures.see(START)  # other workers: their first steps have not been split either
+        figures.see(UNSPLIT)
+        assert values(figures, "shear_spent_seconds")["compute",] == 3.0
 
     def test_a_device_without_a_known_peak_has_no_utilization(self):
         # catches an MFU that is made up

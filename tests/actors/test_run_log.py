@@ -1,12 +1,15 @@
 """The log as a plain class."""
 
+import itertools
 import json
 import resource
 
 import pytest
+from failing_storage import AWAY, failing_store
 
 from actors import run_log
 from actors.run_log import RunLog
+from shearing.patience import StorageError
 from shearing.storage import open_store
 
 
@@ -71,6 +74,67 @@ class TestWriting:
         # catches a console and a report that lag behind on a local disk
         RunLog(str(tmp_path), "pruning").push([{"step": 1}])
         assert written(str(tmp_path)) == [{"step": 1}]
+
+
+class TestObjectStore:
+    def test_rows_that_a_killed_log_took_with_it_are_written_again(self):
+        """Catches steps that are in no file: pushed to a log that was killed before it could write them."""
+        workspace = "memory://run-log-killed"
+        rows = [{"step": step} for step in range(1, 7)]
+        first = RunLog(workspace, "pruning")
+        first.push(rows[:2])
+        first.flush(rows[:2])
+        first.push(rows[2:4])
+        again = RunLog(workspace, "pruning")
+        again.push(rows[4:])
+        again.flush(rows[2:])
+        again.flush()
+        assert written(workspace) == rows
+
+    def test_rows_of_others_stay(self):
+        # catches a flush by new workers that drops what dead ones had pushed
+        workspace = "memory://run-log-others"
+        log = RunLog(workspace, "pruning")
+        log.push([{"step": 1, "of": "dead workers"}, {"step": 1, "of": "new workers"}])
+        log.flush([{"step": 1, "of": "new workers"}])
+        assert [row["of"] for row in written(workspace)] == ["dead workers", "new workers"]
+
+    def test_an_outage_loses_no_row(self, tmp_path):
+        """Catches rows that are forgotten because a write of theirs failed."""
+        store, handler = failing_store(tmp_path / "remote")
+        log = RunLog("memory://run-log-outage", "pruning")
+        log.store = store.hasty()
+        handler.faults = itertools.repeat(AWAY)
+        log.push([{"step": 1}])
+        with pytest.raises(StorageError, match="failed once"):
+            log.flush([{"step": 1}])
+        handler.faults = iter(())
+        log.push([{"step": 2}])
+        log.flush([{"step": 2}])
+        assert [json.loads(line) for line in store.read_bytes("pruning.jsonl").splitlines()] == [
+            {"step": 1},
+            {"step": 2},
+        ]
+
+    def test_who_looks_on_need_not_wait_for_a_checkpoint(self, monkeypatch):
+        # catches a run that is dead to whoever watches, for as long as its checkpoints are apart; and a failure to show
+        monkeypatch.setattr(run_log, "WRITE_EVERY_S", 0.0)
+        workspace = "memory://run-log-watched"
+        log = RunLog(workspace, "pruning")
+        log.push([{"step": 1}])
+        assert written(workspace) == [{"step": 1}]
+
+    def test_a_push_that_cannot_be_written_is_kept(self, tmp_path, monkeypatch):
+        # catches a phase that ends for rows which nobody needed yet
+        monkeypatch.setattr(run_log, "WRITE_EVERY_S", 0.0)
+        store, handler = failing_store(tmp_path / "remote")
+        log = RunLog("memory://run-log-unwatched", "pruning")
+        log.store, handler.faults = store, itertools.repeat(AWAY)
+        log.push([{"step": 1}])
+        assert handler.calls == 1
+        handler.faults = iter(())
+        log.flush()
+        assert store.read_bytes("pruning.jsonl") == b'{"step": 1}\n'
 
 
 class TestNewer:

@@ -2,13 +2,15 @@
 
 import math
 import sys
+import threading
 from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 from test_metrics import CHECKPOINT, EVALUATION, RESUMED, START, STEP
 
-from actors.trackers import TRACKERS, MLflow, TensorBoard, WeightsAndBiases, scalar_name
+from actors import trackers
+from actors.trackers import TRACKERS, InThread, MLflow, TensorBoard, WeightsAndBiases, scalar_name
 from shearing.training.config import TrackerName
 
 
@@ -37,8 +39,8 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     assert {"training_loss_nats_per_token", "loss_nats_per_token/wiki", "sparsity/head"} <= set(names)
     losses = found.Tensors("training_loss_nats_per_token")
     assert [(each.step, float(each.tensor_proto.float_val[0])) for each in losses] == [(2, 2.5), (3, 2.5)]
-    spent = found.Tensors("spent_seconds/compute")
-    assert math.isclose(spent[-1].tensor_proto.float_val[0], 4.5), "what was recalled counts"
+    spent = found.Tensors("spent_seconds/update")
+    assert math.isclose(spent[-1].tensor_proto.float_val[0], 0.75), "what was recalled counts"
     assert not [name for name in names if "unix_seconds" in name]
 
 
@@ -70,3 +72,56 @@ def test_a_phase_that_goes_on_is_one_run_and_ends(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     MLflow("runs/a", "pruning").close()
     assert ended[-1] == "mlflow-7"
+
+
+class Server:
+    """A tracker whose server may hang or fail."""
+
+    def __init__(self, answers: threading.Event, fails: bool = False):
+        self.answers, self.fails, self.shown, self.closed = answers, fails, [], threading.Event()
+
+    def __call__(self, workspace_uri, phase):
+        return self
+
+    def recall(self, row):
+        self.shown.append(("recall", row))
+
+    def see(self, row):
+        assert self.answers.wait(timeout=60)
+        if self.fails:
+            raise ConnectionError("the server says no")
+        self.shown.append(("see", row))
+
+    def close(self):
+        self.closed.set()
+
+
+def test_a_server_that_hangs_holds_up_nobody(monkeypatch):
+    """Catches a checkpoint that waits for a tracker, rows out of order, and rows that pile up for ever."""
+    monkeypatch.setattr(trackers, "MOST_WAITING_ROWS", 5)
+    monkeypatch.setattr(trackers, "CLOSED_WITHIN_S", 0.01)
+    server = Server(threading.Event())
+    tracker = InThread(server, "runs/a", "pruning")
+    for step in range(20):
+        tracker.recall({"step": step})
+    for step in range(20, 25):
+        tracker.see({"step": step})
+    with pytest.raises(TimeoutError, match="5 rows"):
+        tracker.see({"step": 25})
+    tracker.close()
+    assert not server.closed.is_set(), "it was not waited for"
+    server.answers.set()
+    assert server.closed.wait(timeout=60)
+    assert [row["step"] for _, row in server.shown] == list(range(25))
+
+
+def test_what_fails_in_the_thread_is_told_at_the_next_row():
+    """Catches a tracker that failed without a word."""
+    answering = threading.Event()
+    answering.set()
+    tracker = InThread(Server(answering, fails=True), "runs/a", "pruning")
+    tracker.see({"step": 1})
+    tracker._thread.join(timeout=60)
+    with pytest.raises(ConnectionError, match="the server says no"):
+        tracker.see({"step": 2})
+    assert tracker.name == "Server"

@@ -76,11 +76,14 @@ def test_secure_as_they_say(name):
     policies = [each["spec"] for each in documents(name) if each["kind"] == "NetworkPolicy"]
     (policy,) = policies
     assert all(rule["from"] for rule in policy["ingress"])
-    jobs = [peer["podSelector"]["matchLabels"].get("batch.kubernetes.io/job-name")
-            for rule in policy["ingress"] for peer in rule["from"] if "podSelector" in peer]  # fmt: skip
-    assert documents("rayjob.yaml")[-1]["metadata"]["name"] in jobs, "who submits the run could not reach the head"
+    submitters = [each for rule in policy["ingress"] for peer in rule["from"] if rule.get("ports") == [{"port": 8265}]
+                  for each in peer.get("podSelector", {}).get("matchExpressions", [])]  # fmt: skip
+    assert submitters == [{"key": "batch.kubernetes.io/job-name", "operator": "Exists"}], (
+        "a RayJob of another name waits"
+    )
     for pod in pods_of(name):
         assert pod["spec"]["securityContext"]["runAsNonRoot"]
+        assert pod["spec"]["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch", "a start takes 2 TiB of chown"
         assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
     (worker,) = (each for each in documents(name) if each["metadata"]["name"] == "shear-worker" and "value" not in each)
     assert worker["automountServiceAccountToken"] is False
@@ -114,6 +117,7 @@ def test_both_files_have_the_same_cluster():
 def test_the_jobs_recipe_is_a_recipe(tmp_path):
     """A key that was renamed, in a recipe that lies in a ConfigMap; a stop that is cut short."""
     (config,) = (each for each in documents("rayjob.yaml") if each["kind"] == "ConfigMap")
+    assert config["metadata"]["name"] == documents("rayjob.yaml")[-1]["metadata"]["name"], "two runs with one recipe"
     (tmp_path / "recipe.yaml").write_text(config["data"]["recipe.yaml"])
     recipe = load_recipe(str(tmp_path / "recipe.yaml"), [], needs=("pruning", "recovery"))
     assert recipe.workspace.startswith("/shared/")

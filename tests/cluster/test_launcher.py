@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import re
 import shlex
 import subprocess
 import sys
@@ -138,6 +139,43 @@ def test_containers_of_gpu_nodes_see_the_gpus(config):
     start = docker_run(config, ["PATH=/usr/bin"], as_head=False)
     assert "--runtime=nvidia" in start
     assert "--env NVIDIA_VISIBLE_DEVICES=all --env NVIDIA_DRIVER_CAPABILITIES=compute,utility" in start
+
+
+def test_machines_bring_a_driver_for_the_images_torch():
+    """Ray's default for AWS, of 2023; a container that starts before its node's driver is built."""
+    aws_kinds, gcp_kinds = (yaml.safe_load(path.read_text())["available_node_types"] for path in FILES[:2])
+    named = {kind["node_config"]["ImageId"] for kind in aws_kinds.values()}
+    assert len(named) == 1
+    assert not named & set(aws.DEFAULT_AMI.values())
+    (image,) = {disk["initializeParams"]["sourceImage"]
+                for kind in gcp_kinds.values() for disk in kind["node_config"]["disks"]}  # fmt: skip
+    assert int(re.search(r"-nvidia-(\d+)$", image)[1]) >= 525, "the least for CUDA 12"
+    assert "install-nvidia-driver" not in str(gcp_kinds)
+
+
+@pytest.mark.parametrize("path", FILES[:2], ids=lambda path: path.stem)
+@pytest.mark.parametrize("reached", [True, False])
+def test_docker_is_reached_and_nfs_is_there_before_they_are_used(path, reached, tmp_path):
+    """An image whose user is outside of docker's group; a mount without a helper. Each stops `ray up` at its node."""
+    commands = yaml.safe_load(path.read_text())["initialization_commands"]
+    (docker,) = (command for command in commands if "docker.sock" in command)
+    (nfs,) = (command for command in commands if "nfs-common" in command)
+    mount = next(command for command in commands if "mountpoint" in command)
+    logins = [command for command in commands if "docker login" in command or "configure-docker" in command]
+    assert commands.index(nfs) < commands.index(mount)
+    assert all(commands.index(docker) < commands.index(login) for login in logins)
+    for name, text in {"docker": f"exit {int(not reached)}", "sudo": f'echo "$@" >> {tmp_path}/done'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    for command in (docker, nfs.replace("/sbin/mount.nfs", "/bin/sh" if reached else "/no/helper")):
+        done = subprocess.run(
+            ["bash", "-c", command], env={"PATH": f"{tmp_path}:/usr/bin:/bin", "USER": "ubuntu"},
+            capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    asked = (tmp_path / "done").read_text() if (tmp_path / "done").exists() else ""
+    assert ("usermod -aG docker ubuntu" in asked) == ("chown ubuntu /var/run/docker.sock" in asked) == (not reached)
+    assert ("install --yes nfs-common" in asked) == (not reached)
 
 
 def test_spot_and_on_demand_are_the_same_machine():

@@ -72,7 +72,7 @@ def test_a_cluster_that_grows_is_only_warned_about(recipe):
 
 def test_a_job_asks_for_what_it_takes(recipe):
     """The paper's recipe could be neither tokenised nor scored off its GPU cluster: sixteen GPUs were missing."""
-    asked = recipe("engine.workers=16", "engine.gpus_per_worker=2", "engine.cpus_per_worker=4")
+    asked = recipe("engine.workers=16", "engine.gpus_per_worker=1", "engine.cpus_per_worker=4")
     nodes = [{"CPU": 8.0, "GPU": 1.0}]
     assert len(findings(asked, *nodes).problems) == 2
     assert findings(asked, *nodes, demands=scoring_demands).problems == []

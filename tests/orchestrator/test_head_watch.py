@@ -2,8 +2,9 @@ import socket
 import time
 
 import pytest
+from ray._common.network_utils import build_address
 
-from orchestrator import head_watch
+from orchestrator import head_watch, ray_session
 from orchestrator.head_watch import HeadWatch
 
 
@@ -40,6 +41,17 @@ def test_a_head_that_is_gone_is_told_of_once(head):
     assert len(lost) == 1
     assert lost[0] - gone >= 0.3, "a head that is started again has no time for it"
     watch.stop()
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine knows no IPv6")
+def test_a_head_may_have_an_address_of_ipv6():
+    """Catches a cluster of IPv6 taken for lost half a minute after each start."""
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as listening:
+        address = build_address("::1", listening.getsockname()[1])
+        watch = HeadWatch(address, lambda: None)
+        watch.stop()
+        assert watch.answers()
+        ray_session._check_address(address)
 
 
 def test_nobody_is_told_after_the_end(head):

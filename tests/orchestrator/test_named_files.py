@@ -1,22 +1,25 @@
 """What a user names is never what the run replaces."""
 
 import io
+import itertools
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from failing_storage import AWAY, failing_store
 from recipes_for_tests import tiny_recipe, write_model, write_weights
 
 import orchestrator.named_files
 from orchestrator.console import Console
 from orchestrator.methods import METHODS
-from orchestrator.named_files import WRITTEN_FOLDERS, named_files
+from orchestrator.named_files import WRITTEN_FOLDERS, file_digest, named_files
 from orchestrator.preflight import preflight
 from orchestrator.stage import Context, run_stage
 from orchestrator.stages import PRUNING, SOURCE
 from orchestrator.workspace import open_workspace
 from shearing.errors import UserError
+from shearing.patience import StorageError
 
 TRAINED = (
     "source={train: {steps: 1, global_batch_tokens: 512, tokenizer: {vocab_size: 320}, shape: {num_layers: 4, "
@@ -116,3 +119,15 @@ def test_a_file_of_other_text_is_another_input(tmp_path, monkeypatch, key):
 def test_a_recipe_that_names_no_file_rests_on_what_it_always_did(tmp_path):
     """Work in progress refused after an update of this software."""
     assert set(PRUNING.rests_on(context_of(tiny_recipe(tmp_path)))) == {"recipe", "stages"}
+
+
+def test_a_file_whose_storage_is_away_is_not_absent(tmp_path, monkeypatch):
+    """Catches a run that is refused as one of another recipe, or does a stage again, because of an outage."""
+    store, handler = failing_store(tmp_path)
+    store.write_bytes("losses.yaml", b"a: 1\nb: 2\n")
+    monkeypatch.setattr(orchestrator.named_files, "open_store", lambda _: store.child("losses.yaml").hasty())
+    whole, ends = file_digest("mock://losses.yaml"), file_digest("mock://losses.yaml", 2)
+    assert len({whole, ends, "absent"}) == 3
+    handler.faults = itertools.repeat(AWAY)
+    with pytest.raises(StorageError, match=r"reading mock://bucket/run/losses.yaml"):
+        file_digest("mock://losses.yaml")

@@ -1,7 +1,9 @@
+import json
 import subprocess
 import sys
 
 import pytest
+from ray.runtime_env.runtime_env import _merge_runtime_env
 from recipes_for_tests import tiny_recipe
 
 from orchestrator import ray_session
@@ -27,6 +29,8 @@ with RaySession(recipe) as session:
     assert not _is_autoscaling()
     value = ray.get(ray.remote(lambda: __import__("os").environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]).remote())
     assert float(value) < 1, "each report of a worker would block for two seconds"
+    seen = ray.get(ray.remote(lambda: __import__("os").environ.get("CUDA_VISIBLE_DEVICES")).remote())
+    assert seen == "", "what runs without a GPU of its own would take the first of the node"
 assert not ray.is_initialized()
 print("fine")
 """
@@ -92,6 +96,18 @@ def test_a_session_joins_the_cluster_that_the_environment_names(tmp_path, recipe
     )  # fmt: skip
     assert "engine.workers = 8 with engine.cpus_per_worker = 0.5 need 4 CPUs; the cluster has 3." in done.stdout, done
     assert "Traceback" not in done.stdout
+
+
+def test_a_job_may_set_what_a_run_sets_too(monkeypatch):
+    """A job with one of our variables in its own environment was told that there is no cluster to join."""
+    job = {"working_dir": "gcs://x.zip", "env_vars": {"HF_HUB_OFFLINE": "0", "RAY_JOB_STOP_WAIT_TIME_S": "60"}}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("RAY_TQDM", "0")
+    names = ("HF_HUB_OFFLINE", "RAY_TQDM")
+    assert ray_session._variables(names) == {"HF_HUB_OFFLINE": "0", "RAY_TQDM": "0"}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": job}))
+    merged = _merge_runtime_env(job, {"env_vars": ray_session._variables(names)})
+    assert merged["env_vars"] == job["env_vars"] | {"RAY_TQDM": "0"}
 
 
 def test_only_rays_own_folder_is_rays(tmp_path, monkeypatch):

@@ -137,6 +137,15 @@ def test_every_problem_is_named_at_once(recipe_file):
     assert any(p.startswith("recovery.betas = [1") and "a list of 2 numbers" in p for p in problems)
 
 
+@pytest.mark.parametrize("gpus", ["2", "0.5"])
+def test_workers_have_a_gpu_each(recipe_file, gpus):
+    """DeepSpeed computes on the GPU of a worker's number, Ray Train on the first of its own: tensors on two devices."""
+    (problem,) = problems_of(recipe_file, ["engine.workers=2", f"engine.gpus_per_worker={gpus}"])
+    assert f"gpus_per_worker is {gpus}" in problem
+    assert "Set gpus_per_worker to 1" in problem
+    assert load_recipe(recipe_file, ["engine.workers=1", "engine.gpus_per_worker=0.5"]).engine.gpus_per_worker == 0.5
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -12,7 +12,8 @@ from orchestrator.report import build_report
 from orchestrator.report_charts import spread
 from orchestrator.report_contents import contents
 from orchestrator.report_pictures import cell_grid, strips
-from orchestrator.report_reading import read_phase, read_run, without_nan
+from orchestrator.report_reading import PHASES, read_phase, read_run, without_nan
+from orchestrator.report_text import ABSENT, PHASE_NAMES
 from orchestrator.report_verdict import verdict
 from shearing.storage import open_store
 
@@ -105,6 +106,17 @@ def test_html_markdown_and_json_say_the_same(whole):
     assert report["recipe_text"] in markdown
     for use in report["phases"]["recovery"]["data_use"].values():
         assert f"{use['sequences']:,}" in texts
+
+
+def test_communication(whole):
+    """Shares of steps that nobody split: the example's source is of a release that did not."""
+    report, html, _ = read(whole)
+    assert fact(report, "communication")["value"] == ", ".join(f"{p}: 20.0\u202f%" for p in PHASES[1:])
+    texts = Reader(html).texts
+    row = texts[texts.index("Waiting for data") :]
+    source, pruning = (row[row.index(PHASE_NAMES[phase]) :] for phase in PHASES[:2])
+    assert source[6:9] == [ABSENT] * 3
+    assert pruning[6:9] == ["70.0\u202f%", "20.0\u202f%", "9.7\u202f%"]
 
 
 def yaml_line(text):

@@ -1,7 +1,9 @@
 import io
+import itertools
 import time
 
 import pytest
+from failing_storage import AWAY, failing_store
 from recipes_for_tests import tiny_recipe
 
 from orchestrator import run, stage
@@ -9,8 +11,8 @@ from orchestrator.comparison_stages import COMPARISON_STAGES
 from orchestrator.console import Console
 from orchestrator.ray_session import RaySession
 from orchestrator.run import run_recipe, stages_of
-from orchestrator.stage import Stage, flat_keys, is_free
-from orchestrator.workspace import open_workspace
+from orchestrator.stage import Context, Stage, flat_keys, is_free, run_stage
+from orchestrator.workspace import Workspace, open_workspace
 from shearing.errors import UserError
 
 
@@ -157,3 +159,18 @@ def test_ray_is_not_started_for_stages_that_are_done(journal, tmp_path, monkeypa
     """Showing that nothing is left to do must not cost a cluster."""
     monkeypatch.setattr(RaySession, "start", lambda *_: pytest.fail("Ray was started"))
     journal.go(tiny_recipe(tmp_path))
+
+
+def test_why_a_stage_ended_is_said_though_the_storage_is_away(tmp_path):
+    """Catches a stop by a signal that ends with status 1, for the time spent so far could not be written."""
+    store, handler = failing_store(tmp_path)
+
+    def interrupted(_context):
+        handler.faults = itertools.repeat(AWAY)
+        raise KeyboardInterrupt
+
+    first = Stage("first", "first", (), (), interrupted, needs_ray=False)
+    recipe = tiny_recipe(tmp_path)
+    context = Context(recipe, Workspace(store), Console(io.StringIO()), RaySession(recipe))
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(first, context)

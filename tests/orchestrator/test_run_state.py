@@ -56,6 +56,8 @@ def test_a_phase_in_the_middle(half):
     assert math.isclose(phase["left_s"], (400 - 120) * 0.4, rel_tol=1e-6)
     assert phase["checkpoint"] == {"name": "step-00000080-of-3-ab", "step": 80, "age_s": 500}
     assert math.isclose(phase["last_row_age_s"], 500)
+    shares = {"data_wait": 0.001, "forward_backward": 0.273, "communication": 0.078, "update": 0.038}
+    assert phase["step_shares"] == pytest.approx({part: seconds / 0.39 for part, seconds in shares.items()})
     assert [event["event"] for event in phase["events"]] == ["resumed"]
     evaluation = [row for row in later if row["kind"] == "evaluation"][-1]
     assert set(phase["domains"]) == set(DOMAINS)
@@ -64,7 +66,14 @@ def test_a_phase_in_the_middle(half):
         assert figures["reference"] == SOURCE_LOSS[domain]
         assert math.isclose(figures["excess"], figures["loss"] - figures["reference"])
     text = render_state(state)
-    for words in ("recovery: step 120/400 (30 %)", "1m 52s left", "on 3 workers", "goes on from step 80", "docstrings"):
+    for words in (
+        "recovery: step 120/400 (30 %)",
+        "1m 52s left",
+        "on 3 workers",
+        "goes on from step 80",
+        "docstrings",
+        "communication 20.0%",
+    ):
         assert words in text
     assert json.loads(json.dumps(state)) == state
 
@@ -78,6 +87,15 @@ def test_mask_learning_tells_its_gates(tmp_path):
     assert "widest gap" in render_state(state)
     assert state["phase"]["checkpoint"] is None
     assert "no checkpoint is known of" in render_state(state)
+
+
+def test_steps_that_were_not_split(tmp_path):
+    """A log of an earlier release that cannot be read any more, or of which shares are told that nobody measured."""
+    store = write_example(tmp_path, leave_out=("pruning", "extraction", "recovery", "scratch", "scores"))
+    state = read_state(store, NOW)
+    assert state["phase"]["phase"] == "source"
+    assert state["phase"]["step_shares"] == {}
+    assert "time of steps" not in render_state(state)
 
 
 def test_a_finished_run_has_nothing_left(tmp_path):

@@ -9,6 +9,7 @@ from orchestrator.hardware import CPU_CORE_FLOPS_PER_S, GPUS, Hardware, Hardware
 from orchestrator.plan import plan
 from orchestrator.plan_text import render_plan
 from orchestrator.step_time import Work, breaks_first, memory_of, phase_time, step_time
+from shearing.data.source import STEPS_A_REQUEST
 from shearing.models.family import llama_config
 from shearing.models.parameters import count_parameters
 from shearing.models.shape import Shape
@@ -20,7 +21,8 @@ N = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 2 * 256 * 64
 FLOPS = 6 * (N - 256 * 64) + 12 * 2 * 64 * 32
 ROUND = Hardware(
     "round", 2e9, 0.5, 1e9, 4, link_bytes_per_s=1e8, node_bytes_per_s=1e6, wire_share=1.0, link_latency_s=1e-5,
-    node_latency_s=1e-3, storage_bytes_per_s=1e7, feeder_tokens_per_s=1e5, actor_round_trip_s=0.1, actor_message_s=0.01,
+    node_latency_s=1e-3, storage_bytes_per_s=1e7, feeder_tokens_per_s=1e5, feeder_message_s=1e-4,
+    actor_round_trip_s=0.1, actor_message_s=0.01,
 )  # fmt: skip
 TRAINING = TrainingConfig(steps=100, global_batch_tokens=32 * 16, evaluate_every_steps=10, checkpoint_every_steps=20)
 WORK = Work(CONFIG, 32, TRAINING, domains=3, evaluation_sequences=5)
@@ -38,7 +40,7 @@ def test_every_part_by_hand():
     assert step.communication == pytest.approx(2 * 2 * N * 3 / 4 / 1e8 + 2 * 3 * 1e-5)
     read, busy = 512 / 1e5, step.compute + step.communication
     assert read < busy
-    assert step.data == pytest.approx(read / 10)
+    assert step.data == pytest.approx((read + 4 * 1e-4) / 10)
     assert step.evaluation == pytest.approx(-(-3 * 3 // 4) * 64 * FLOPS / 3 / 1e9 / 10)
     assert step.mixture == pytest.approx((0.1 + 4 * 0.01) / 10)
     assert step.checkpoint == pytest.approx((12 * N / 1e8 + 12 * N / 1e7) / 20)
@@ -77,9 +79,18 @@ def test_what_is_not_trained_costs_less_and_what_is_done_twice_more():
 
 
 def test_a_slow_stream_holds_up_what_it_cannot_hide():
-    slow = step_time(WORK, engine(), replace(ROUND, feeder_tokens_per_s=1e3), 4)
+    slow = step_time(WORK, engine(), replace(ROUND, feeder_tokens_per_s=1e3, feeder_message_s=0.0), 4)
     read, busy = 0.512, slow.compute + slow.communication
     assert slow.data == pytest.approx(0.9 * (read - busy) + 0.1 * read)
+
+
+def test_requests_hold_up_the_one_who_answers_them():
+    """Hundreds of workers that each ask at every step: the feeder's time for a request, not for its tokens."""
+    busy = replace(ROUND, feeder_tokens_per_s=1e12, feeder_message_s=1.0)
+    for workers, asking in ((4, 4), (64, 16)):  # a batch of 16 sequences: no more than 16 have something to ask for
+        step = step_time(WORK, engine(), busy, workers)
+        ahead = asking / STEPS_A_REQUEST - step.compute - step.communication
+        assert step.data == pytest.approx(0.9 * max(0.0, ahead) + 0.1 * asking, rel=1e-6)
 
 
 def test_more_workers_than_sequences_stand_idle():
@@ -105,6 +116,8 @@ def test_a_device_is_taken_where_it_is_known():
     assert [kind.name for kind in hardware_for(gpu, None)] == list(GPUS)
     (kind,) = hardware_for(gpu, HardwareConfig(device="H200", node_bytes_per_s=5.0))
     assert (kind.name, kind.node_bytes_per_s, kind.link_bytes_per_s) == ("H200", 5.0, 450e9)
+    (small,) = hardware_for(gpu, HardwareConfig(device="A100", memory_bytes=40e9))
+    assert small.memory_bytes == 40e9, "cards of 40 GB that are planned as if they had 80"
     assert hardware_for(engine(gpus_per_worker=1, dtype="float32"), None) == []
     assert hardware_for(engine(), None) == []
     (core,) = hardware_for(engine(dtype="float32", cpus_per_worker=3), None)
@@ -136,3 +149,8 @@ def test_the_plan_says_time_or_why_not(tmp_path):
     one = plan(tiny_recipe(tmp_path, *gpu, "hardware.device=A100", "hardware.achieved_share=0.5"))
     assert [time.hardware.achieved_share for time in one.phases[0].times] == [0.5]
     assert "50% of the peak that data sheets give: the recipe's" in render_plan(one)
+    bounded = render_plan(plan(tiny_recipe(tmp_path, "hardware.memory_bytes=1e3")))
+    assert "memory: " in bounded
+    assert "as the quickstart reached" in bounded
+    away = ("source.train=null", f"source.model={tmp_path / 'away'}")
+    assert "not known: the source's shape is not" in render_plan(plan(tiny_recipe(tmp_path, *away)))

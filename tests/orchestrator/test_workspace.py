@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import itertools
 import os
 import signal
 import socket
@@ -9,6 +10,8 @@ import time
 
 import psutil
 import pytest
+from failing_storage import AWAY, failing_store
+from journeys import wait_until
 from recipes_for_tests import tiny_recipe
 
 from orchestrator import workspace_lock
@@ -183,3 +186,25 @@ def test_a_stamp_that_was_taken_over_is_left_alone(hasty):
     assert said == [
         "another driver took memory://bucket/frozen over while this one was not heard of; stop one of the two"
     ]
+
+
+def test_a_stamp_is_renewed_soon_after_an_outage(hasty, monkeypatch, tmp_path):
+    """Catches a driver that lives, and is taken for dead by the next one after its storage was away for a while."""
+    monkeypatch.setattr(workspace_lock, "STAMP_EVERY_S", 0.3)
+    store, handler = failing_store(tmp_path)
+    with lock_workspace(store, pytest.fail):
+        before = store.read_json(STAMP_NAME)["time"]
+        handler.faults = itertools.repeat(AWAY)
+        wait_until(lambda calls=handler.calls: handler.calls > calls + 2, "several tries in an outage", every_s=0.01)
+        handler.faults = iter(())
+        assert wait_until(lambda: store.read_json(STAMP_NAME)["time"] > before, "a new stamp", timeout_s=5)
+    assert not store.exists(STAMP_NAME)
+
+
+def test_a_driver_that_ends_in_an_outage_ends_soon(hasty, tmp_path):
+    """Catches a stop that waits for a storage, to remove a stamp that grows old by itself."""
+    store, handler = failing_store(tmp_path)
+    began_s = time.monotonic()
+    with lock_workspace(store, pytest.fail):
+        handler.faults = itertools.repeat(AWAY)
+    assert time.monotonic() < began_s + 5

@@ -149,6 +149,11 @@ class TestUri:
         assert open_store(store.uri).read_bytes("x") == b"1"
         assert not store.is_local
 
+    def test_unknown_option(self):
+        # catches a misspelt option told as another package to install
+        with pytest.raises(ValueError, match=r"cannot open .*Unexpected query parameter in S3 URI: 'endpoint'"):
+            open_store("s3://bucket/x?endpoint=localhost:9000&region=us-east-1")
+
     def test_unknown_scheme(self):
         # catches a typing error in a scheme that would make a local folder of that name
         with pytest.raises(ValueError, match="cannot open 'gopher://host/x'"):

@@ -1,10 +1,12 @@
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from shearing.errors import UserError
+from shearing.models import directories
 from shearing.models.directories import local_directory, publish_directory
 from shearing.storage import open_store
 
@@ -36,7 +38,35 @@ class TestLocalDirectory:
         (folder / "marked").touch()
         assert local_directory(remote.uri) == folder
         assert (folder / "marked").exists()
-        assert len(list(folder.parent.iterdir())) == 1
+        assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
+
+    def test_copies_it_once_for_workers_that_ask_together(self, remote, monkeypatch):
+        # catches eight workers of a node that each copy a model of 140 GB to the same disk at the same time
+        copy, copied = directories.pafs.copy_files, []
+
+        def slow_copy(*args, **kwargs):
+            copied.append(args)
+            time.sleep(0.3)
+            copy(*args, **kwargs)
+
+        monkeypatch.setattr(directories.pafs, "copy_files", slow_copy)
+        with ThreadPoolExecutor(4) as workers:
+            (folder,) = set(workers.map(local_directory, [remote.uri] * 4))
+        assert contents(folder) == {"config.json": b"{}", "model.safetensors": b"weights"}
+        assert len(copied) == 1
+
+    def test_a_copy_that_fails_leaves_nothing(self, remote, monkeypatch, tmp_path):
+        # catches a disk that fills with halves of a model while workers are started again
+        def fail(source, target, **_kwargs):
+            (Path(target) / "half").touch()
+            raise OSError("the link is down")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(directories.pafs, "copy_files", fail)
+            with pytest.raises(OSError, match="the link is down"):
+                local_directory(remote.uri)
+        assert not list((tmp_path / "tmp").rglob("half"))
+        assert contents(local_directory(remote.uri))["config.json"] == b"{}"
 
     def test_follows_new_weights_of_the_same_size(self, remote):
         # catches training on from the weights of an earlier run: weights of one shape always have one size

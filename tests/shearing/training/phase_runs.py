@@ -119,7 +119,8 @@ class Run:
 
     def history(self, after=-1):
         """All figures of the run that do not come from a clock."""
-        timed = {"time", "tokens_per_s", "step_s", "data_wait_s", "mixture_wait_s", "seconds"}
+        timed = {"time", "tokens_per_s", "step_s", "mixture_wait_s", "seconds"}
+        timed |= {"data_wait_s", "forward_backward_s", "communication_s", "update_s"}
         return [
             {key: value for key, value in report.items() if key not in timed}
             for report in self.reports

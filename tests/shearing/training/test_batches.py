@@ -67,6 +67,31 @@ class TestReadAhead:
         assert source.asked == [first.draws, second.draws]
         assert not set(first.draws) & set(second.draws)
 
+    @pytest.mark.parametrize(("settled", "steps"), [(40, [1, 2, 4, 8, 8]), (9, [1, 2, 4, 3]), (1, [1, 1])])
+    def test_requests_grow_and_end_where_proportions_may_change(self, settled, steps):
+        # catches a request for each step of each of hundreds of ranks, and rows read that an update makes useless
+        source, mix = Numbered(), START
+        batches, alone = stream(source, rank=1, world=2), stream(Numbered(), rank=1, world=2)
+        for step in range(10):
+            batch = batches.next(step, mix, HALVES)
+            expected = alone.next(step, mix, HALVES)
+            assert batch.draws == expected.draws
+            assert batch.mix == expected.mix
+            assert batch.tokens_NT[:, 0].tolist() == batch.sequence_ids.tolist() == expected.sequence_ids.tolist()
+            mix = batch.mix
+            batches.read_ahead(step + 1, mix, HALVES, settled - step)
+        batches.reader.shutdown()
+        assert [len(draws) // 3 for draws in source.asked][: len(steps)] == steps
+
+    def test_the_next_request_is_on_its_way_while_one_is_used(self):
+        # catches a source that stands idle until all it brought is used up
+        source, mix = Numbered(), START
+        batches = stream(source)
+        for step in range(20):
+            mix = batches.next(step, mix, HALVES).mix
+            batches.read_ahead(step + 1, mix, HALVES, 100 - step)
+            assert len(batches.ahead) >= min(step + 1, 8)
+
     def test_does_not_wait(self):
         # catches reading in the trainer's own thread
         source = Numbered()

@@ -1,11 +1,15 @@
 """The loop against a plain one, and what stands between two batches."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from phase_runs import BATCH_SEQUENCES, PROPORTIONS, PlannedMixture, Run, largest_difference, new_trainer, run_phase
 from plain_reference import plain_run
 
 from shearing.data.mixing import DomainExhausted
+from shearing.training import loop
 from shearing.training.loop import sequence_losses, training_reports
 from shearing.training.watchdog import TrainingDivergedError
 
@@ -109,7 +113,8 @@ class TestProportions:
     def test_nothing_is_read_that_is_not_used(self, runs):
         # catches reading ahead across an update (the rows would be dropped and read again) and past the last step
         for run in runs:
-            assert run.fetched == [run.draws[step] for step in range(8)]
+            asked = [draw for request in run.fetched for draw in request]
+            assert asked == [draw for step in range(8) for draw in run.draws[step]]
 
     def test_ranks_share_every_batch(self, runs):
         # catches a sequence given to two ranks, or to none
@@ -127,14 +132,7 @@ class TestProportions:
 
 def test_reads_ahead_where_it_may(tiny_run, one_process):
     # catches a stream that always waits for its rows
-    assert one_process.run(ahead_of_steps, tiny_run.phase())[0] == {
-        0: True,
-        1: False,
-        2: True,
-        3: False,
-        4: True,
-        5: False,
-    }
+    assert one_process.run(ahead_of_steps, tiny_run.phase())[0] == {0: [1], 1: [], 2: [3], 3: [], 4: [5], 5: []}
 
 
 def ahead_of_steps(rank, world, phase):
@@ -143,7 +141,7 @@ def ahead_of_steps(rank, world, phase):
 
     def next_batch():
         batch = following()
-        found[trainer.state.step] = trainer.stream.ahead is not None
+        found[trainer.state.step] = [plan.step for plan in trainer.stream.ahead]
         return batch
 
     trainer.next_batch = next_batch
@@ -174,6 +172,43 @@ class TestEnds:
         stops = two_processes.run(stopped_by, phase, TrainingDivergedError)
         assert stops[0] == stops[1]
         assert "learning_rate (now 1e+30)" in stops[0][1]
+
+
+def test_text_that_is_trained_on_without_a_number_stops_the_phase(tiny_run, one_process):
+    # catches a division by the proportions of the other domains, which add up to nothing
+    (text,) = one_process.run(evaluated_without_numbers, tiny_run.phase())
+    assert "the loss on held-out text is nan nats a token" in text
+
+
+def evaluated_without_numbers(rank, world, phase):
+    trainer, summed = new_trainer(rank, world, phase), loop.summed_losses
+    mixture = trainer.state.mixture.model_copy(update={"proportions": {"a": 1.0, "b": 0.0, "c": 0.0}})
+    trainer.state = replace(trainer.state, mixture=mixture)
+    loop.summed_losses = lambda sums, device: summed(sums, device) | {"a": math.nan}
+    try:
+        trainer.evaluate(update=False)
+    except TrainingDivergedError as error:
+        return str(error)
+    finally:
+        loop.summed_losses = summed
+    return None
+
+
+def test_no_micro_batch_waits_for_the_device(tiny_run, one_process):
+    # catches DeepSpeed's clock, which lets a GPU run dry before and after every micro-batch
+    assert one_process.run(waits_for_the_device, tiny_run.phase()) == [0]
+
+
+def waits_for_the_device(rank, world, phase):
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator, waits = get_accelerator(), []
+    accelerator.synchronize = lambda *_: waits.append(1)
+    try:
+        run_phase(rank, world, phase)
+    finally:
+        del accelerator.synchronize
+    return len(waits)
 
 
 def test_an_evaluation_changes_nothing(tiny_run, one_process):

@@ -1,6 +1,8 @@
 """Interrupted phases go on as if nothing had been: on the same workers, on others, on another ZeRO stage."""
 
 import json
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -14,15 +16,19 @@ from phase_runs import (
     run_phase,
     save_all,
 )
+from safetensors.torch import load_file
 
 from shearing.data.manifest import load_manifest
+from shearing.errors import UserError
 from shearing.models.loading import new_model, read_config
 from shearing.storage import open_store
 from shearing.training import checkpoint
 from shearing.training.checkpoint import CheckpointReader
+from shearing.training.config import DistillationConfig
 from shearing.training.consumed import SequenceRepeatedError
 from shearing.training.engine import DTYPES
 from shearing.training.loop import Wish, training_reports
+from shearing.training.phase import restore
 
 SAVED_AFTER = 3  # not an evaluation's step: the next batch is being read while the state is saved
 CASES = {
@@ -114,6 +120,14 @@ class TestResumed:
         close(rest[0].history(), alone.history(after=SAVED_AFTER), 1e-5)
         assert rest[0].history() == rest[1].history()
 
+    def test_ranks_read_at_the_same_time(self, tiny_run, two_processes, whole_run):
+        # catches ranks that read one after another: a large checkpoint then takes as long as by a single reader
+        _, folder = whole_run("zero1-train")
+        read = two_processes.run(read_slowly, case(tiny_run, "zero1-train"), str(folder))
+        assert [len(of_rank) for of_rank in read] == [1, 1]
+        (first, second) = (of_rank[0] for of_rank in read)
+        assert max(first[0], second[0]) < min(first[1], second[1])
+
     def test_twice(self, tiny_run, one_process, two_processes, whole_run, tmp_path):
         # catches a restored trainer that cannot be saved: bitmaps of the past lost, or kept by two ranks
         whole, folder = whole_run("zero3-masks")
@@ -191,6 +205,11 @@ class TestSaved:
         assert len(sizes) == 2
         assert max(sizes) < 1.5 * min(sizes)
 
+    def test_a_rank_copies_only_what_it_writes(self, tiny_run, two_processes, tmp_path):
+        # catches every worker of a node that copies the whole model with its moments from its GPU at each checkpoint
+        copied = two_processes.run(copied_to_the_host, tiny_run.phase(), tmp_path)
+        assert copied == [len(load_file(path)) for path in sorted(tmp_path.glob("weights-r*"))]
+
     def test_in_parts(self, tiny_run, two_processes, whole_run, tmp_path):
         # catches parts that overwrite each other, and a reader that takes the first of each rank
         folder = str(tmp_path / "parts")
@@ -206,10 +225,41 @@ class TestSaved:
         assert not list(tmp_path.glob("*/index.json"))
 
 
+def read_slowly(rank, world, phase, folder):
+    """When each weight file of a checkpoint began and ended to be read by this rank."""
+    trainer, read, spans = new_trainer(rank, world, phase), CheckpointReader.weights, []
+
+    def weights(self, file):
+        began_s = time.monotonic()
+        time.sleep(2)
+        tensors = read(self, file)
+        spans.append((began_s, time.monotonic()))
+        return tensors
+
+    CheckpointReader.weights = weights
+    try:
+        restore(trainer, CheckpointReader(open_store(folder)))
+    finally:
+        CheckpointReader.weights = read
+    return spans
+
+
 def save_in_parts(rank, world, phase, folder, part_bytes):
     kept, checkpoint.PART_BYTES = checkpoint.PART_BYTES, part_bytes
     run_phase(rank, world, phase, save_after=2, folder=folder, until=2)
     checkpoint.PART_BYTES = kept
+
+
+def copied_to_the_host(rank, world, phase, folder):
+    """How many weights and moments this rank asked for on the CPU while it saved; torch gathers bytes there."""
+    engine, asked, copy = new_trainer(rank, world, phase).engine, [], torch.Tensor.cpu
+    engine.begin_loading(0)
+    torch.Tensor.cpu = lambda tensor, *args: asked.append(tensor.dtype) or copy(tensor, *args)
+    try:
+        checkpoint.save_checkpoint(engine, folder, {}, {})
+    finally:
+        torch.Tensor.cpu = copy
+    return asked.count(torch.float32)
 
 
 def save_with_repeated_draws(rank, world, phase, folder):
@@ -226,7 +276,31 @@ def save_with_repeated_draws(rank, world, phase, folder):
     return ""
 
 
+def problems_of_building(rank, world, phase, missing):
+    """What keeps this rank from building the phase, where rank 1 alone is on a node that does not see `missing`."""
+    if rank == 1:
+        phase = phase.model_copy(update=missing)
+    try:
+        new_trainer(rank, world, phase)
+    except UserError as error:
+        return error.problems
+    return []
+
+
 class TestBuilding:
+    @pytest.mark.parametrize("what", ["model", "teacher"])
+    def test_a_model_that_one_node_lacks_is_told_by_all(self, tiny_run, two_processes, what):
+        # catches a rank that leaves alone: the others wait in their first collective for half an hour
+        def missing(folder):
+            return {"model": folder} if what == "model" else {"distillation": DistillationConfig(teacher=folder)}
+
+        phase = tiny_run.phase(**({} if what == "model" else missing(tiny_run.model)))
+        found = two_processes.run(problems_of_building, phase, missing("/only/on/rank-0"), timeout_s=60)
+        assert found[0] == found[1]
+        (problem,) = found[0]
+        assert "/only/on/rank-0 holds no config.json" in problem
+        assert f"This is so on {socket.gethostname()};" in problem
+
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_fresh_models_are_one(self, tiny_run, one_process, two_processes, dtype):
         # catches ranks, or ZeRO 3's partitioned construction, that start from other weights
