@@ -50,7 +50,7 @@ def test_shellcheck_has_nothing_to_say():
 NOTES = """#!/bin/bash
 name=${0##*/}
 while [[ ${1-} == --* ]]; do shift; done
-echo "$name $* cpus=${SRUN_CPUS_PER_TASK-none} umask=$(umask)" >>"$NOTES"
+echo "$name ${*//$'\n'/ } cpus=${SRUN_CPUS_PER_TASK-none} umask=$(umask)" >>"$NOTES"
 case "$name $*" in
   *"ip -o -4 addr"*) echo "$HEAD_IP" ;;
   *"ray start"*) exec sleep 30 ;;
@@ -86,7 +86,7 @@ def test_every_step_has_the_jobs_cpus_and_the_run_its_own_umask(tmp_path):
     done, notes = run_with_stand_ins(tmp_path, SHEAR_INTERFACE="ib0", HEAD_IP="10.0.0.1")
     assert done.returncode == 0, done.stderr
     steps = [note for note in notes if note.startswith("srun ")]
-    assert len(steps) == 3, "the head's address, the head, the others"
+    assert len(steps) == 4, "the head's address, the head, the others, what they left in /tmp"
     assert all("cpus=96" in step for step in steps)
     (run,) = (note for note in notes if "shear.py recipe.yaml" in note)
     assert run.endswith("umask=0022")
