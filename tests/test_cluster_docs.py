@@ -42,7 +42,7 @@ def test_rays_commands_exist(words):
     assert done.returncode == 0, done.stderr
     used = {option for line in TEXT.splitlines() for option in re.findall(rf"ray {words} (.*)", line)}
     for options in used:
-        for option in re.findall(r"(?<!\S)(--[a-z-]+)", options.split(" -- ")[0]):
+        for option in re.findall(r"(?<!\S)(--[a-z-]+)", re.split(r" -- |\$\(", options)[0]):
             assert option in done.stdout, option
 
 
