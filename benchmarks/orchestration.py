@@ -261,15 +261,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def little_text(folder: Path, megabytes: float) -> list[str]:
+    """Overrides of the quickstart: so much text of each domain, prepared in this folder."""
+    domains = load_recipe(str(QUICKSTART), []).corpus.domains
+    texts = [f"corpus.domains.{domain}.text=installed:{domain}?megabytes={megabytes}" for domain in domains]
+    return [f"corpus.path={folder}/corpora", *texts]
+
+
 def main() -> None:
     options = parse()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Ray keeps its sockets below a folder of its own; only corpus and runs lie here
     with tempfile.TemporaryDirectory(prefix="shear-benchmark-") as name:
         folder = Path(name)
-        texts = [f"corpus.path={folder}/corpora"]
-        for domain in load_recipe(str(QUICKSTART), []).corpus.domains:
-            texts.append(f"corpus.domains.{domain}.text=installed:{domain}?megabytes={options.megabytes}")
+        texts = little_text(folder, options.megabytes)
         engine = {"engine.workers": options.workers, "engine.micro_batch_sequences": options.micro_batch}
         texts += [f"{key}={value}" for key, value in engine.items() if value is not None]
         recipe = load_recipe(str(QUICKSTART), texts + options.overrides)

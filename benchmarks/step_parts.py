@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from orchestration import QUICKSTART, in_processes, make_phase
+from orchestration import QUICKSTART, in_processes, little_text, make_phase
 
 from orchestrator.recipe_loading import load_recipe
 from shearing.data.manifest import load_manifest
@@ -146,10 +146,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory(prefix="shear-benchmark-") as name:
         folder = Path(name)
-        texts = [f"corpus.path={folder}/corpora"]
-        for domain in load_recipe(str(QUICKSTART), []).corpus.domains:
-            texts.append(f"corpus.domains.{domain}.text=installed:{domain}?megabytes={options.megabytes}")
-        recipe = load_recipe(str(QUICKSTART), texts + options.overrides)
+        recipe = load_recipe(str(QUICKSTART), little_text(folder, options.megabytes) + options.overrides)
         phase = make_phase(recipe, folder, options)
         print(
             f"{'stage':>5}  {'split ms':>9}  {'whole ms':>9}  {'split / whole':^26}  {'waits':>6}  {'timing':>10}  "
