@@ -87,9 +87,9 @@ class Node:
         """The numbers of processes whose command line holds `words`."""
         return [number for number, command in self.processes().items() if words in command]
 
-    def ray_folders(self) -> list[Path]:
-        """What Ray's clusters left in its /tmp."""
-        return sorted((self.own / "tmp").glob("ray*"))
+    def temporary(self, name: str) -> Path:
+        """What is called so in its /tmp."""
+        return self.own / "tmp" / name
 
 
 @dataclass(frozen=True)

@@ -56,12 +56,12 @@ class Checkout:
         wait_until(lambda: self.slurm.job(job).restarts == 1, "the job to be requeued", 180, every_s=1)
         self.slurm.start_node(lost)
 
-    def check_nothing_left(self, folders: bool = False) -> None:
-        """Processes, tokens and, unless `folders` may stay, what Ray wrote on the nodes."""
+    def check_nothing_left(self, job: int | None = None) -> None:
+        """No process, no token and, where a job is named, nothing that its Rays wrote on the nodes."""
         wait_until(lambda: self.slurm.states() == ["idle", "idle"], "the nodes' release", 60, every_s=1)
         assert [node.processes() for node in self.slurm.nodes] == [{}, {}]
         assert not list(self.folder.glob(".shear-token-*")), "a token outlived its job"
-        assert folders or [node.ray_folders() for node in self.slurm.nodes] == [[], []]
+        assert [node.name for node in self.slurm.nodes if node.temporary(f"ray-{job}").exists()] == []
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_jobs_status_is_the_runs(checkout, words, state, status):
     assert (ended.state, ended.status) == (state, status), checkout.output(job)
     assert ("nothing is missing" in checkout.output(job)) == (status == 0)
     assert "mem=16000M" in checkout.slurm.say("scontrol", "show", "job", str(job)), "nodes are exclusive, memory is not"
-    checkout.check_nothing_left()
+    checkout.check_nothing_left(job)
 
 
 def test_a_node_that_is_too_slow_for_ray_is_asked_again(checkout):
@@ -102,7 +102,7 @@ def test_a_node_that_is_too_slow_for_ray_is_asked_again(checkout):
         os.kill(agent, signal.SIGCONT)
     ended = checkout.slurm.end(job)
     assert (ended.state, ended.status) == ("COMPLETED", 0), checkout.output(job)
-    checkout.check_nothing_left()
+    checkout.check_nothing_left(job)
 
 
 def test_a_job_that_is_cancelled_or_loses_a_node_before_its_run_begins(checkout):
@@ -111,14 +111,14 @@ def test_a_job_that_is_cancelled_or_loses_a_node_before_its_run_begins(checkout)
     wait_until(lambda: STARTED in checkout.output(job), "the head", every_s=0.2)
     checkout.slurm.say("scancel", str(job))
     assert checkout.slurm.end(job).state == "CANCELLED"
-    checkout.check_nothing_left(folders=True)
+    checkout.check_nothing_left()
 
     job = checkout.submit(str(ROOT / "pipelines/recipes/quickstart.yaml"), "--plan")
     wait_until(lambda: checkout.slurm.nodes[1].find("raylet"), "the second node", every_s=0.2)
     checkout.lose_a_node(job)
     ended = checkout.slurm.end(job)
     assert (ended.state, ended.status, ended.restarts) == ("COMPLETED", 0, 1), checkout.output(job)
-    checkout.check_nothing_left(folders=True)
+    checkout.check_nothing_left()
 
 
 def test_a_run_that_is_stopped_in_every_way_comes_to_its_end(checkout, finished_journey, tmp_path):
@@ -134,13 +134,13 @@ def test_a_run_that_is_stopped_in_every_way_comes_to_its_end(checkout, finished_
     checkout.slurm.say("scancel", "--signal=TERM", "--batch", str(job))
     check_stopped(checkout, job)
     assert saved_step(journey, "pruning") >= 5
-    checkout.check_nothing_left()
+    checkout.check_nothing_left(job)
 
     job = checkout.submit(*journey.arguments)
     checkout.reach(job, journey, "pruning", 17)
     checkout.slurm.say("scancel", str(job))
     assert checkout.slurm.end(job).state == "CANCELLED"
-    checkout.check_nothing_left(folders=True)
+    checkout.check_nothing_left()
 
     job = checkout.submit(*journey.arguments)
     checkout.reach(job, journey, "recovery", 5)
@@ -149,7 +149,7 @@ def test_a_run_that_is_stopped_in_every_way_comes_to_its_end(checkout, finished_
     assert (ended.state, ended.status, ended.restarts) == ("COMPLETED", 0, 1), checkout.output(job)
     for phase in ("pruning", "recovery"):
         check_whole(journey, phase, finished)
-    checkout.check_nothing_left(folders=True)
+    checkout.check_nothing_left()
 
 
 def test_the_time_limit_leaves_a_checkpoint(checkout, finished_journey, tmp_path):
@@ -162,7 +162,7 @@ def test_the_time_limit_leaves_a_checkpoint(checkout, finished_journey, tmp_path
     check_stopped(checkout, job)
     assert saved_step(journey, "pruning") >= 5
     assert minutes(checkout.slurm, job) < told_at + 5
-    checkout.check_nothing_left()
+    checkout.check_nothing_left(job)
 
 
 def check_stopped(checkout: Checkout, job: int) -> None:
