@@ -65,7 +65,7 @@ class RunLog:
                 self.watchers.append(make(workspace_uri, phase))
             except Exception as error:
                 logger.exception("the phase goes on without %s", make)
-                lost.append(_without(_name(make), error, rows[-1]["step"] if rows else 0))
+                lost.append(_without(name_of(make), error, rows[-1]["step"] if rows else 0))
         for row in rows:
             lost += self._tell("recall", row)
         if lost:
@@ -116,9 +116,9 @@ class RunLog:
             try:
                 getattr(watcher, how)(row)
             except Exception as error:
-                logger.exception("the phase goes on without %s, which failed at %s", _name(watcher), row)
+                logger.exception("the phase goes on without %s, which failed at %s", name_of(watcher), row)
                 self.watchers.remove(watcher)
-                lost.append(_without(_name(watcher), error, row["step"]))
+                lost.append(_without(name_of(watcher), error, row["step"]))
         return lost
 
     def close(self) -> None:
@@ -127,7 +127,7 @@ class RunLog:
             try:
                 watcher.close()
             except Exception:
-                logger.exception("%s could not be closed", _name(watcher))
+                logger.exception("%s could not be closed", name_of(watcher))
         self.watchers = []
 
     def flush(self, pushed: Sequence[dict[str, Any]] = ()) -> None:
@@ -149,7 +149,7 @@ class RunLog:
         return [(number, row) for number, row in self.rows if number > than]
 
 
-def _name(shown: Any) -> str:
+def name_of(shown: Any) -> str:
     """Of a watcher, or of what makes one."""
     return str(getattr(shown, "name", None) or getattr(shown, "__name__", type(shown).__name__))
 

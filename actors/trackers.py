@@ -7,7 +7,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from actors.metrics import Figures, Key, run_name
-from actors.run_log import MakeWatcher
+from actors.run_log import MakeWatcher, name_of
 from shearing.storage import open_store
 from shearing.training.config import TrackerName
 
@@ -122,7 +122,7 @@ class InThread:
     """
 
     def __init__(self, make: MakeWatcher, workspace_uri: str, phase: str) -> None:
-        self.name = getattr(make, "__name__", type(make).__name__)
+        self.name = name_of(make)
         self._rows: SimpleQueue[tuple[str, dict[str, Any]] | None] = SimpleQueue()
         self._handed = self._shown = 0
         self._error: Exception | None = None
