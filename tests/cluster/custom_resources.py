@@ -1,12 +1,14 @@
-"""Schemas of KubeRay's custom resources: made strict for validation, and cut down to what a resource uses.
+"""Schemas of custom resources of Kubernetes: made strict for validation, and cut down to what a resource uses.
 
-    python tests/cluster/custom_resources.py CRD_FOLDER
+    python tests/cluster/custom_resources.py CRD_FOLDER CRD_FOLDER
 
-writes `kuberay_schemas.json` anew from the CRDs of a KubeRay checkout (helm-chart/kuberay-operator/crds), after having
-validated this repository's resources against the whole of them.
+writes `custom_resources.json` anew from the CRDs of checkouts of KubeRay (helm-chart/kuberay-operator/crds) and of the
+Prometheus operator (example/prometheus-operator-crd), after having validated this repository's resources against the
+whole of them.
 """
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +16,13 @@ import jsonschema
 import yaml
 
 ROOT = Path(__file__).parents[2]
-EXCERPT = Path(__file__).parent / "kuberay_schemas.json"
-KINDS = {"RayCluster": "ray.io_rayclusters.yaml", "RayJob": "ray.io_rayjobs.yaml"}
+EXCERPT = Path(__file__).with_suffix(".json")
+KINDS = {
+    "RayCluster": "ray.io_rayclusters.yaml",
+    "RayJob": "ray.io_rayjobs.yaml",
+    "PodMonitor": "monitoring.coreos.com_podmonitors.yaml",
+    "PrometheusRule": "monitoring.coreos.com_prometheusrules.yaml",
+}
 CONSTRAINTS = (
     "type", "enum", "format", "minimum", "maximum", "pattern", "minItems", "maxItems", "minLength", "maxLength",
     "required", "x-kubernetes-int-or-string", "anyOf", "additionalProperties",
@@ -27,14 +34,24 @@ def documents(name):
     return list(yaml.safe_load_all((ROOT / "cluster" / "kuberay" / name).read_text()))
 
 
+def monitoring():
+    """What the command in cluster/README.md hands to kubectl: `monitoring.yaml`, the alerts below its end."""
+    readme = (ROOT / "cluster" / "README.md").read_text()
+    (command,) = (line for line in readme.splitlines() if "cluster/kuberay/monitoring.yaml" in line and "|" in line)
+    made, _, kubectl = command.rpartition("|")
+    assert kubectl.split()[:2] == ["kubectl", "apply"]
+    done = subprocess.run(["sh", "-c", made], cwd=ROOT, capture_output=True, text=True, check=True)
+    return list(yaml.safe_load_all(done.stdout))
+
+
 def resources():
     """Our custom resources by kind."""
-    found = [*documents("raycluster.yaml"), *documents("rayjob.yaml")]
+    found = [*documents("raycluster.yaml"), *documents("rayjob.yaml"), *monitoring()]
     return {each["kind"]: each for each in found if each["kind"] in KINDS}
 
 
 def schema_of(crd):
-    """What `ray.io/v1` of a CRD says of a whole object."""
+    """What version 1 of a CRD says of a whole object."""
     (version,) = (each for each in crd["spec"]["versions"] if each["name"] == "v1")
     return version["schema"]["openAPIV3Schema"]
 
@@ -90,19 +107,21 @@ def problems(schema, resource):
     return [f"{'/'.join(map(str, each.path))}: {each.message}" for each in validator.iter_errors(resource)]
 
 
-def main(folder):
+def main(*folders):
     """Validate against whole CRDs and write the excerpts."""
     schemas = {}
     for kind, resource in resources().items():
-        whole = schema_of(yaml.safe_load((Path(folder) / KINDS[kind]).read_text()))
+        (crd,) = (found for folder in folders if (found := Path(folder) / KINDS[kind]).exists())
+        whole = schema_of(yaml.safe_load(crd.read_text()))
         assert not problems(whole, resource), problems(whole, resource)
         schemas[kind] = excerpt(whole, resource)
     about = (
-        "Excerpts of KubeRay's CRDs (github.com/ray-project/kuberay, Apache License 2.0): constraints of the fields "
+        "Excerpts of the CRDs of KubeRay (github.com/ray-project/kuberay) and of the Prometheus operator "
+        "(github.com/prometheus-operator/prometheus-operator), both under the Apache License 2.0: constraints of the "
+        "fields that cluster/kuberay uses, without descriptions. Made by tests/cluster/custom_resources.py."
     )
-    about += "that cluster/kuberay uses, without descriptions. Made by tests/cluster/custom_resources.py."
     EXCERPT.write_text(json.dumps({"about": about, "schemas": schemas}, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

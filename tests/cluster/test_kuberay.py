@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from custom_resources import EXCERPT, documents, problems, resources
+from custom_resources import EXCERPT, ROOT, documents, monitoring, problems, resources
 from ray._private import ray_constants
 
 from orchestrator.recipe_loading import load_recipe
@@ -27,8 +27,8 @@ def pods_of(name):
     return [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
 
 
-@pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
-def test_kuberays_schema(kind):
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "PodMonitor", "PrometheusRule"])
+def test_schema(kind):
     """A field that the server drops without a word, or refuses. `custom_resources.py` does it with the whole CRDs."""
     assert problems(SCHEMAS[kind], resources()[kind]) == []
 
@@ -76,20 +76,45 @@ def test_secure_as_they_say(name):
     policies = [each["spec"] for each in documents(name) if each["kind"] == "NetworkPolicy"]
     (policy,) = policies
     assert all(rule["from"] for rule in policy["ingress"])
-    submitters = [each for rule in policy["ingress"] for peer in rule["from"] if rule.get("ports") == [{"port": 8265}]
-                  for each in peer.get("podSelector", {}).get("matchExpressions", [])]  # fmt: skip
-    assert submitters == [{"key": "batch.kubernetes.io/job-name", "operator": "Exists"}], (
-        "a RayJob of another name waits"
-    )
+    own = policy["podSelector"]["matchLabels"]
+    assert {"from": [{"podSelector": {"matchLabels": own}}]} in policy["ingress"], "pods that do not reach one another"
     for pod in pods_of(name):
-        assert pod["spec"]["securityContext"]["runAsNonRoot"]
         assert pod["spec"]["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch", "a start takes 2 TiB of chown"
-        assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    # the pod that submits waits for ever where the policy does not let it in
+    submitters = [documents(name)[-1]["spec"]["submitterPodTemplate"]] if name == "rayjob.yaml" else []
+    for pod in (*pods_of(name), *submitters):
+        assert own.items() <= pod["metadata"]["labels"].items()
+        restricted(pod["spec"]["securityContext"], *(each["securityContext"] for each in pod["spec"]["containers"]))
+    restricted(pods_of(name)[0]["spec"]["securityContext"], cluster["autoscalerOptions"]["securityContext"])
     (worker,) = (each for each in documents(name) if each["metadata"]["name"] == "shear-worker" and "value" not in each)
     assert worker["automountServiceAccountToken"] is False
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         assert "nvidia.com/gpu" in group["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
+def restricted(pod, *containers):
+    """Kubernetes' Pod Security Standards, level `restricted`, of security contexts. KubeRay's init containers have that
+    of the Ray container; the autoscaler has its own."""
+    assert pod["runAsNonRoot"] is True
+    assert pod["runAsUser"] == 1000, "a user that the image does not have"
+    assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in containers:
+        assert container == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+def test_what_prometheus_is_given():
+    """A monitor of no pod or port, rules that are not those which are tested, resources that are made twice."""
+    monitor, rules = monitoring()
+    assert rules["spec"] == yaml.safe_load((ROOT / "cluster" / "grafana" / "alerts.yml").read_text())
+    ports = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
+    for name in FILES:
+        (policy,) = (each["spec"] for each in documents(name) if each["kind"] == "NetworkPolicy")
+        assert [{"port": 8080}] in [rule.get("ports") for rule in policy["ingress"]]
+        for pod in pods_of(name):
+            assert monitor["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+            named = {port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0]["ports"]}
+            assert {named.get(port) for port in ports} == {8080}
 
 
 @pytest.mark.parametrize("name", FILES)
