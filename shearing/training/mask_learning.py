@@ -25,7 +25,8 @@ from shearing.pruning.masks import GateSlots
 
 
 class MaskLearner:
-    """Opens gates before a step, learns them after it. Every rank holds the same gates and does the same with them.
+    """Opens gates before a step, learns them after it. Every rank holds the same gates and does the same with them;
+    what rounding may still have set apart, a broadcast sets right at each step.
 
     With `noise: shared` (default) all ranks and micro-batches of a step see one draw, so that a run does not depend
     on the number of workers; `per_rank` averages over more draws, as the published code does.
@@ -68,6 +69,16 @@ class MaskLearner:
         self.constraint_loss = float(constraint.detach())
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._follow_first_rank()
+
+    def _follow_first_rank(self) -> None:
+        """Take rank 0's values: GPUs of two kinds round the same step in two ways, and `converged` must not differ."""
+        parameters = [*self.gates.parameters(), *self.lagrangian.parameters()]
+        with torch.no_grad():
+            values = torch.cat([parameter.flatten() for parameter in parameters])
+            dist.broadcast(values, src=0)
+            for parameter, value in zip(parameters, values.split([p.numel() for p in parameters]), strict=True):
+                parameter.copy_(value.view_as(parameter))
 
     def converged(self) -> bool:
         """Whether every row of gates is within tolerance of its end."""

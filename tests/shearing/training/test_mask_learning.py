@@ -77,6 +77,27 @@ class TestUpdate:
             assert rows[-1]["target"] == pytest.approx(1 - ranges[name], abs=1e-6)
             assert rows[-1]["expected"] > rows[0]["expected"], name
 
+    def test_ranks_that_were_set_apart_come_together(self, tiny_run, two_processes):
+        # catches gates that drift apart where two kinds of GPU round differently, until one rank alone has converged
+        apart, after = zip(*two_processes.run(disturb_and_learn, tiny_run.phase(pruning=True)), strict=True)
+        assert largest_difference(*apart) > 1e-4
+        assert largest_difference(*after) == 0
+
+
+def disturb_and_learn(rank, world, phase):
+    trainer = new_trainer(rank, world, phase)
+    learner = trainer.learner
+    held = {}
+    for name, parameter in [*learner.gates.named_parameters(), *learner.lagrangian.named_parameters()]:
+        parameter.data.add_(1e-3 * rank)
+        held[name] = parameter
+    apart = {name: parameter.detach().clone() for name, parameter in held.items()}
+    batch = trainer.next_batch()
+    trainer.open_gates()
+    trainer.forward_backward(batch)
+    trainer.update_gates()
+    return apart, {name: parameter.detach().clone() for name, parameter in held.items()}
+
 
 def learn(rank, world, phase):
     trainer, sparsity = new_trainer(rank, world, phase), {}
