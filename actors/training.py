@@ -84,7 +84,6 @@ def run_phase(phase: PhaseConfig, workspace_uri: str, on_report: Callable[[Repor
         if problems := ray.get(actors["weights"].problems.remote()):
             raise UserError(problems)
         folder = checkpoints.child(phase.name)
-        settle_checkpoints(folder)
         settings = {"phase": phase, "checkpoints": folder.uri} | actors
         stopping = threading.Event()
 
@@ -203,16 +202,22 @@ def _fit_group(settings: dict[str, Any], checkpoints: Store) -> dict[str, Any]:
 
     for attempt in range(1, SETUP_ATTEMPTS + 1):
         count_nodes()
+        # also says in a minute that a storage is gone, on which Ray Train's controller would come up for many
+        settle_checkpoints(checkpoints.child(phase.name))
         try:
             result: Any = trainer().fit()
             returned: dict[str, Any] = result.return_value
             return returned
-        except ray.train.ControllerError as error:  # the set-up of the process group is not retried by Ray Train itself
+        # Ray Train itself tries neither the set-up of the process group again nor a controller that did not come up
+        except ray.train.ControllerError as error:
             if attempt < SETUP_ATTEMPTS:
                 continue
             if isinstance(error.controller_failure, OSError) and not checkpoints.is_local:
                 raise StorageError(f"looking after the checkpoints failed: {error.controller_failure}") from error
             raise
+        except ray.exceptions.ActorDiedError as error:
+            if attempt == SETUP_ATTEMPTS or not error.actor_init_failed:
+                raise
     raise AssertionError("the last attempt returns or raises")
 
 

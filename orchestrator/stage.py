@@ -138,20 +138,34 @@ def run_stage(stage: Stage, context: Context) -> Mark:
     if stage.needs_ray:
         context.session.start(context.console)
     started = time.monotonic()
-    with _seconds_kept(context.workspace, mark, started):
+    with _seconds_kept(context.workspace, context.console, mark, started):
         outputs = stage.run(context)
     return context.workspace.finish(mark, outputs, time.monotonic() - started)
 
 
 @contextlib.contextmanager
-def _seconds_kept(workspace: Workspace, mark: Mark, started: float) -> Iterator[None]:
-    """Keep the time that an attempt takes, now and then while it goes on: its process may die without a word."""
+def _seconds_kept(workspace: Workspace, console: Console, mark: Mark, started: float) -> Iterator[None]:
+    """Keep the time that an attempt takes, now and then while it goes on: its process may die without a word.
+
+    Says when that begins to fail, and when it goes well again: a run that waits for its storage shows nothing else.
+    """
     over, hasty = threading.Event(), workspace.hasty()
 
     def keep() -> None:
+        failing = False
         while not over.wait(KEEP_SECONDS_EVERY_S):
-            with contextlib.suppress(OSError):  # the next time will tell
+            try:
                 hasty.interrupted(mark, time.monotonic() - started)
+            except OSError as error:
+                if not failing:
+                    console.warn(
+                        f"the workspace cannot be written; it is tried for a while before the run ends: {error}"
+                    )
+                failing = True
+            else:
+                if failing:
+                    console.note("the workspace can be written again")
+                failing = False
 
     keeping = threading.Thread(target=keep, name="seconds-spent", daemon=True)
     keeping.start()

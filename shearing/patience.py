@@ -19,8 +19,8 @@ REFUSED = re.compile(
     r"SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION_TOKEN|VALIDATION)"
 )
 # Tries of pyarrow's own client, with waits that grow to 20 s: of a call that is made again from outside, and of streams
-# and uploads, which cannot be (12 tries: about 75 s). Its 3 s for an answer are too few for a store that is busy.
-CALL_TRIES, STREAM_TRIES = 3, 12
+# and uploads, which cannot be (10 tries: 57 to 96 s). Its 3 s for an answer are too few for a store that is busy.
+CALL_TRIES, STREAM_TRIES = 3, 10
 CONNECT_WITHIN_S, ANSWER_WITHIN_S = 5.0, 10.0
 
 Result = TypeVar("Result")

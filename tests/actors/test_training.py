@@ -1,15 +1,20 @@
-"""How a phase ends when its driver is asked to stop; whole phases are in tests/test_faults.py."""
+"""How a phase ends when its driver is asked to stop, and what is tried again. Whole phases: tests/test_faults.py."""
 
 import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
+import ray.train
+from failing_storage import AWAY, failing_store
 
 from actors import training
 from actors.run_log import RunLog
+from shearing.patience import StorageError
+from shearing.training.config import EngineConfig
 
 
 def interrupt_after(seconds: float) -> None:
@@ -63,3 +68,68 @@ def test_trackers_are_closed_before_their_log_is_killed(ray_session, tmp_path):
     assert (tmp_path / "closed").exists()
     ray.kill(log)
     training._close(log)
+
+
+class TestFitGroup:
+    """With a stand-in for Ray Train, which does what each test says."""
+
+    NOT_UP = ray.exceptions.ActorDiedError(ray.exceptions.RayTaskError("__init__", "Traceback ...", AWAY))
+
+    @pytest.fixture
+    def fit(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(training, "count_nodes", lambda: None)
+        monkeypatch.setattr(training, "resolve", lambda _uri: (None, ""))
+        store, handler = failing_store(tmp_path)
+
+        def run(*outcomes):
+            """What comes of groups that end so, one after another, and how many of them there were."""
+            left = list(outcomes)
+
+            def end():
+                outcome = left.pop(0)
+                if callable(outcome):
+                    outcome = outcome(handler)
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                return SimpleNamespace(return_value=outcome)
+
+            monkeypatch.setattr(training, "TorchTrainer", lambda *_args, **_words: SimpleNamespace(fit=end))
+            settings = {"phase": SimpleNamespace(name="pruning", engine=EngineConfig(workers=1))}
+            try:
+                return training._fit_group(settings, store), len(outcomes) - len(left)
+            except Exception as error:
+                return error, len(outcomes) - len(left)
+
+        return run
+
+    def test_a_controller_that_does_not_come_up_is_made_again(self, fit):
+        # catches a run that ends since its storage was away while Ray Train looked at it
+        assert fit(self.NOT_UP, ray.train.ControllerError(AWAY), {"outcome": {}}) == ({"outcome": {}}, 3)
+        assert fit(self.NOT_UP, self.NOT_UP, self.NOT_UP, {}) == (self.NOT_UP, 3)
+
+    def test_a_controller_that_was_killed_is_not(self, fit):
+        killed = ray.exceptions.ActorDiedError()
+        assert fit(killed, {}) == (killed, 1)
+
+    def test_a_storage_that_stays_away_is_found_before_the_next_one(self, fit, monkeypatch):
+        # catches a command that waits for a quarter of an hour, and then ends with a screen of tracebacks
+        clock = iter(range(0, 10_000, 20))
+        monkeypatch.setattr(
+            "shearing.patience.time", SimpleNamespace(sleep=lambda _s: None, monotonic=lambda: next(clock))
+        )
+
+        def away_for_good(handler):
+            handler.faults = iter(lambda: AWAY, None)
+            return ray.train.ControllerError(AWAY)
+
+        error, groups = fit(away_for_good, {})
+        assert type(error) is StorageError
+        assert "Could not connect to server" in str(error)
+        assert groups == 1
+
+    def test_a_storage_that_fails_again_and_again_is_named(self, fit):
+        # catches an end by a traceback of Ray Train's where one sentence would do
+        error, groups = fit(*[ray.train.ControllerError(AWAY)] * 3)
+        assert type(error) is StorageError
+        assert "looking after the checkpoints failed" in str(error)
+        assert groups == 3

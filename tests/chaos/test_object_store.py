@@ -195,4 +195,4 @@ def tell(store: ObjectStore, run: Journey) -> None:
 
 
 def console(folder: Path) -> str:
-    return (folder / "console.txt").read_text()[-4000:]
+    return (folder / "console.txt").read_text()

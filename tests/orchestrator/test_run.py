@@ -4,6 +4,7 @@ import time
 
 import pytest
 from failing_storage import AWAY, failing_store
+from journeys import wait_until
 from recipes_for_tests import tiny_recipe
 
 from orchestrator import run, stage
@@ -174,3 +175,23 @@ def test_why_a_stage_ended_is_said_though_the_storage_is_away(tmp_path):
     context = Context(recipe, Workspace(store), Console(io.StringIO()), RaySession(recipe))
     with pytest.raises(KeyboardInterrupt):
         run_stage(first, context)
+
+
+def test_a_stage_that_waits_for_its_storage_says_so(tmp_path, monkeypatch):
+    """A console that stands still for minutes, at a step that looks like any other."""
+    monkeypatch.setattr(stage, "KEEP_SECONDS_EVERY_S", 0.01)
+    store, handler = failing_store(tmp_path)
+    shown = io.StringIO()
+
+    def work(_context):
+        for faults, said in ((itertools.repeat(AWAY), "cannot be written"), (iter(()), "can be written again")):
+            handler.faults = faults
+            wait_until(lambda said=said: said in shown.getvalue(), said, timeout_s=30)
+        return {}
+
+    recipe = tiny_recipe(tmp_path)
+    context = Context(recipe, Workspace(store), Console(shown), RaySession(recipe))
+    run_stage(Stage("first", "first", (), (), work, needs_ray=False), context)
+    told = [line for line in shown.getvalue().splitlines() if "workspace" in line]
+    assert len(told) == 2, "said once each"
+    assert "Could not connect to server" in told[0]
