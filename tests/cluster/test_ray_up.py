@@ -2,13 +2,13 @@
 
 import json
 import os
+import re
 
 import pytest
 import yaml
 from journeys import ROOT, check_data_account, small_journey, wait_until
 from machines import machines, possible
 
-from orchestrator.run import STAGES
 
 WORDS = "export RAY_AUTH_MODE=token RAY_ADDRESS=http://127.0.0.1:8265;"
 CONFIG = "/shared/local.yaml"
@@ -114,4 +114,5 @@ def by_hand(head, workers, desk, folder):
     wait_for_all(desk, [head, *workers])
     log = folder / "again.log"
     check_succeeded(desk, log, submit(desk, log))
-    assert log.read_text().count("finished already") == len(STAGES)
+    stages = set(re.findall(r"^\[\d+/(\d+)\] ", log.read_text(), flags=re.MULTILINE))
+    assert stages == {str(log.read_text().count("finished already"))}
