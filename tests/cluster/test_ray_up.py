@@ -9,7 +9,6 @@ import yaml
 from journeys import ROOT, check_data_account, small_journey, wait_until
 from machines import machines, possible
 
-
 WORDS = "export RAY_AUTH_MODE=token RAY_ADDRESS=http://127.0.0.1:8265;"
 CONFIG = "/shared/local.yaml"
 STEPS, BATCH_SEQUENCES = 24, 8  # of the small run's phases
