@@ -86,8 +86,7 @@ def test_communication_beside_computing_is_not_exposed():
 def pausing_steps(rank, world, phase):
     """Step rows of a phase in which rank 1 pauses before a backward pass until rank 0 has waited for it for a while.
 
-    Rank 0 tells by a file that it is about to wait, so what it waits is the pause, however busy the machine, less the
-    moment between telling and waiting.
+    Rank 0 tells by a file that it has begun to wait, so what it waited is at least the pause, however busy the machine.
     """
     trainer = new_trainer(rank, world, phase)
     waiting = Path(phase.corpus).parent / "rank-0-waits"
@@ -136,7 +135,7 @@ def test_a_rank_that_is_late_is_the_others_communication(tiny_run, two_processes
         assert sum(row[part] for part in PARTS) == pytest.approx(row["step_s"], abs=1e-9)
         assert min(row[part] for part in PARTS) >= 0
         assert row["communication_s"] > 0, "a step without a collective there is not"
-    assert rows[2]["communication_s"] >= PAUSE_S / 2
+    assert rows[2]["communication_s"] >= PAUSE_S
     assert late[2]["forward_backward_s"] >= PAUSE_S
 
 
