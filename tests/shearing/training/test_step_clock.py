@@ -25,6 +25,8 @@ from shearing.training.step_clock import (
 
 PARTS = ("data_wait_s", "forward_backward_s", "communication_s", "update_s")
 PAUSE_S = 0.3
+FILE_CLOCK_S = 0.02
+"""How far a file's time may be behind the clock, and more: the kernel stamps files by its last tick."""
 
 span_lists = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 8)).map(lambda at: (at[0], at[0] + at[1])))
 
@@ -86,26 +88,36 @@ def test_communication_beside_computing_is_not_exposed():
 def pausing_steps(rank, world, phase):
     """Step rows of a phase in which rank 1 pauses before a backward pass until rank 0 has waited for it for a while.
 
-    Rank 0 tells by a file that it has begun to wait, so what it waited is at least the pause, however busy the machine.
+    Rank 0 holds a file while it waits, and rank 1 goes on only when one wait has lasted for the pause: however busy the
+    machine, waits for what is there already and the computing between them cannot pass for it.
     """
     trainer = new_trainer(rank, world, phase)
-    waiting = Path(phase.corpus).parent / "rank-0-waits"
+    held = Path(phase.corpus).parent / "rank-0-waits"
     accumulate, wait = trainer.engine.accumulate, step_clock.WAIT
     met = []
 
-    def told(*arguments, **named):
-        waiting.touch()
-        return wait(*arguments, **named)
+    def holding(*arguments, **named):
+        held.touch()
+        try:
+            return wait(*arguments, **named)
+        finally:
+            held.unlink(missing_ok=True)
+
+    def held_for_s():
+        try:
+            return time.time() - held.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     def paused(*arguments):
         if trainer.state.step == 2 and not met:
             met.append(True)
             if rank == 0:
-                step_clock.WAIT = told
+                step_clock.WAIT = holding
             else:
-                while not waiting.exists():
-                    time.sleep(0.01)
                 time.sleep(PAUSE_S)
+                while held_for_s() < PAUSE_S + FILE_CLOCK_S:
+                    time.sleep(0.01)
         accumulate(*arguments)
 
     trainer.engine.accumulate = paused
@@ -113,7 +125,6 @@ def pausing_steps(rank, world, phase):
         return [report for report in training_reports(trainer) if report["kind"] == "step"]
     finally:
         step_clock.WAIT = wait
-        waiting.unlink(missing_ok=True)
 
 
 KINDS = {
