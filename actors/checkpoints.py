@@ -15,8 +15,8 @@ SNAPSHOT_NAME = "checkpoint_manager_snapshot.json"
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,})-of-\d+-[0-9a-f]+")
 
 
-def settle_checkpoints(folder: Store) -> None:
-    """Bring a phase's folder in order, with nobody at work in it.
+def settle_checkpoints(folder: Store) -> str | None:
+    """Bring a phase's folder in order, with nobody at work in it. Returns the name of its newest whole checkpoint.
 
     A snapshot that is torn, or names a checkpoint that is not whole, is removed. So is every checkpoint that
     neither a good snapshot names nor is the newest.
@@ -31,6 +31,7 @@ def settle_checkpoints(folder: Store) -> None:
     for name in found:
         if name != newest and name not in listed:
             folder.delete(name)
+    return newest
 
 
 def newest_checkpoint(folder: Store) -> Store | None:

@@ -44,7 +44,7 @@ from shearing.training.watchdog import TrainingDivergedError
 
 KEPT_CHECKPOINTS = 2
 POLL_S = 1.0
-SETUP_ATTEMPTS = 3
+SETUP_ATTEMPTS = 3  # with no new checkpoint between them
 LEAVE_WITHIN_S = 600.0  # a step and a checkpoint of a large model; who asks twice waits no more
 CLOSE_WITHIN_S = 30.0
 LOOK_FOR_ROOM_EVERY_S = 60.0
@@ -200,25 +200,27 @@ def _fit_group(settings: dict[str, Any], checkpoints: Store) -> dict[str, Any]:
             ),
         )
 
-    for attempt in range(1, SETUP_ATTEMPTS + 1):
+    folder = checkpoints.child(phase.name)
+    tries, newest = 0, None
+    while True:
         count_nodes()
         # also says in a minute that a storage is gone, on which Ray Train's controller would come up for many
-        settle_checkpoints(checkpoints.child(phase.name))
+        found = settle_checkpoints(folder)
+        tries, newest = tries + 1 if found == newest else 1, found
         try:
             result: Any = trainer().fit()
             returned: dict[str, Any] = result.return_value
             return returned
         # Ray Train itself tries neither the set-up of the process group again nor a controller that did not come up
         except ray.train.ControllerError as error:
-            if attempt < SETUP_ATTEMPTS:
+            if tries < SETUP_ATTEMPTS:
                 continue
             if isinstance(error.controller_failure, OSError) and not checkpoints.is_local:
                 raise StorageError(f"looking after the checkpoints failed: {error.controller_failure}") from error
             raise
         except ray.exceptions.ActorDiedError as error:
-            if attempt == SETUP_ATTEMPTS or not error.actor_init_failed:
+            if tries == SETUP_ATTEMPTS or not error.actor_init_failed:
                 raise
-    raise AssertionError("the last attempt returns or raises")
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def test_only_whole_checkpoints_are_gone_on_from(finished_journey, tmp_path):
     older, newest = sorted(phase.glob("step-*"))
     store = open_store(str(phase))
     assert newest_checkpoint(store) == open_store(str(newest))
-    settle_checkpoints(store)
+    assert settle_checkpoints(store) == newest.name
     assert (phase / SNAPSHOT_NAME).exists()
     assert older.exists()
 
@@ -165,17 +165,17 @@ def test_only_whole_checkpoints_are_gone_on_from(finished_journey, tmp_path):
     weights = next(cut_off.glob("weights-*"))
     weights.write_bytes(weights.read_bytes()[:-1])
     assert newest_checkpoint(store) == open_store(str(unlisted))
-    settle_checkpoints(store)
+    assert settle_checkpoints(store) == unlisted.name
     assert not cut_off.exists()
     assert (phase / SNAPSHOT_NAME).exists()
 
     (unlisted / "index.json").write_text('{"format_ver')
     next(newest.glob("weights-*")).unlink()
     assert newest_checkpoint(store) == open_store(str(older))
-    settle_checkpoints(store)
+    assert settle_checkpoints(store) == older.name
     assert [path.name for path in phase.glob("step-*")] == [older.name]
     assert not (phase / SNAPSHOT_NAME).exists(), "it names a checkpoint that is gone"
-    settle_checkpoints(open_store(str(tmp_path / "nowhere")))
+    assert settle_checkpoints(open_store(str(tmp_path / "nowhere"))) is None
     assert newest_checkpoint(open_store(str(tmp_path / "nowhere"))) is None
 
 

@@ -107,6 +107,13 @@ class TestFitGroup:
         assert fit(self.NOT_UP, ray.train.ControllerError(AWAY), {"outcome": {}}) == ({"outcome": {}}, 3)
         assert fit(self.NOT_UP, self.NOT_UP, self.NOT_UP, {}) == (self.NOT_UP, 3)
 
+    def test_failures_with_a_checkpoint_between_them_are_not_of_one_kind(self, fit, monkeypatch):
+        # catches a run of weeks that ends at its third storage failure in all
+        newest = iter([None, None, "step-00000010-of-1-aa", "step-00000010-of-1-aa", "step-00000020-of-1-bb"])
+        monkeypatch.setattr(training, "settle_checkpoints", lambda _folder: next(newest))
+        failed = ray.train.ControllerError(AWAY)
+        assert fit(failed, failed, self.NOT_UP, failed, {"outcome": {}}) == ({"outcome": {}}, 5)
+
     def test_a_controller_that_was_killed_is_not(self, fit):
         killed = ray.exceptions.ActorDiedError()
         assert fit(killed, {}) == (killed, 1)
