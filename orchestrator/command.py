@@ -76,7 +76,7 @@ def run_command(command: Command, out: TextIO, err: TextIO, job: Job | None = No
     console = Console(err, command.verbose)
     signals: list[int] = []
     try:
-        with _stop_on_signals(signals):
+        with _stop_on_signals(signals), console.warnings_of_packages():
             return (job or _run)(command, console, out)
     except UserError as error:
         _list_problems(error.problems, console)

@@ -1,13 +1,16 @@
 """What a person sees while a run goes on: stage headers, progress, notes and warnings."""
 
+import contextlib
+import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 PLAIN_EVERY_S = 5.0
 LIVE_EVERY_S = 0.2
 RATE_WINDOW_STEPS = 20
+PACKAGES = ("actors", "orchestrator", "shearing")
 
 
 def format_duration(seconds: float) -> str:
@@ -106,6 +109,18 @@ class Console:
         """Something that may be wrong and does not stop the run."""
         self._line(f"      warning: {text}")
 
+    @contextlib.contextmanager
+    def warnings_of_packages(self) -> Iterator[None]:
+        """What this process' own packages log as a warning is one here, not a line amid a line of progress."""
+        handler = _AsWarnings(self)
+        for name in PACKAGES:
+            logging.getLogger(name).addHandler(handler)
+        try:
+            yield
+        finally:
+            for name in PACKAGES:
+                logging.getLogger(name).removeHandler(handler)
+
     def text(self, text: str) -> None:
         """Text as it is, at the left margin."""
         for line in text.splitlines():
@@ -138,3 +153,12 @@ class Console:
     def _write(self, text: str) -> None:
         self._stream.write(text)
         self._stream.flush()
+
+
+class _AsWarnings(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.warn(self.format(record))

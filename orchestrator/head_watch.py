@@ -18,6 +18,18 @@ class HeadLostError(RuntimeError):
     """Ray's head is gone, and with it all that ran there."""
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """What a socket connects to for HOST:PORT; IPv6 comes as [::1]:6379.
+
+    Raises:
+        ValueError: It is no HOST:PORT.
+    """
+    host, _, port = address.rpartition(":")
+    if not host:
+        raise ValueError(f"{address!r} is no HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
 class HeadWatch:
     """Calls `lost`, once, in a thread of its own, when the head has not taken a connection for so long.
 
@@ -27,8 +39,7 @@ class HeadWatch:
     """
 
     def __init__(self, address: str, lost: Callable[[], None]) -> None:
-        host, _, port = address.rpartition(":")
-        self.place, self.lost = (host.strip("[]"), int(port)), lost  # IPv6 comes as [::1]:6379
+        self.place, self.lost = host_and_port(address), lost
         self._over = threading.Event()
         threading.Thread(target=self._look, name="head-watch", daemon=True).start()
 

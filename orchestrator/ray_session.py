@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestrator.cluster_fit import Demand, cluster_problems, training_demands
 from orchestrator.console import Console
-from orchestrator.head_watch import HeadLostError, HeadWatch
+from orchestrator.head_watch import HeadLostError, HeadWatch, host_and_port
 from orchestrator.recipe import Recipe
 from shearing.errors import UserError
 
@@ -210,12 +210,14 @@ def _check_address(address: str) -> None:
             "run with `ray job submit --working-dir . -- python pipelines/shear.py ...`, or set it to the HOST:PORT "
             "that `ray start --head` printed (port 6379 unless changed)."
         )
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-        except OSError as error:
-            raise UserError(_cannot_join(address, error)) from None
+    try:
+        place = host_and_port(address)
+    except ValueError:  # `auto`, which Ray looks up
+        return
+    try:
+        socket.create_connection(place, timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:  # the latter of a port that there is not
+        raise UserError(_cannot_join(address, error)) from None
 
 
 def _cannot_join(address: str, error: Exception) -> str:

@@ -1,4 +1,5 @@
 import io
+import logging
 
 import pytest
 
@@ -74,6 +75,22 @@ def test_a_terminal_shows_one_line_that_changes(clock):
     console.note("a note")
     assert stream.getvalue().endswith("      a note\n")
     console.close()
+
+
+def test_a_warning_of_a_module_does_not_fall_into_the_line_that_changes(clock):
+    """Catches a storage's failure written behind a line of progress, or shown twice, or by a console that is closed."""
+    stream = Terminal()
+    console = Console(stream)
+    logger = logging.getLogger("shearing.patience")
+    with console.warnings_of_packages():
+        console.progress("recovery", {"step": 1, "loss": 1.0}, 100)
+        clock.now += 1
+        console.progress("recovery", {"step": 2, "loss": 1.0}, 100)
+        logger.warning("writing %s failed", "s3://bucket/x")
+        logger.info("nobody asked")
+    assert stream.getvalue().endswith("\r      warning: writing s3://bucket/x failed\n")
+    logger.warning("too late")
+    assert "too late" not in stream.getvalue()
 
 
 def test_a_resumed_phase_does_not_get_a_wrong_time_left(clock):

@@ -108,6 +108,7 @@ def test_the_script_runs_from_a_working_directory_without_the_package(tmp_path):
     ("address", "expected"),
     [
         ("127.0.0.1:1", "no Ray cluster could be joined there"),
+        ("127.0.0.1:99999", "no Ray cluster could be joined there"),
         ("http://127.0.0.1:8265", "the dashboard's address"),
         ("ray://127.0.0.1:10001", "Ray Client's address"),
     ],
