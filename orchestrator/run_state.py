@@ -1,5 +1,7 @@
 """Where a run stands, live or dead, from its workspace alone. Reads, and takes no lock."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.console import format_duration
@@ -29,15 +31,16 @@ def read_state(workspace: Store, now_s: float) -> dict[str, Any]:
             "workspace=..., or runs/<name> below where it was started."
         )
     run = read_run(workspace)
+    phases = {name: _standing(record) for name, record in run.phases.items()}
     stages = [_stage(run, name) for name in run.asked]
-    phase = _current_phase(run)
+    phase = _current_phase(run, phases)
     return {
         "name": run.recipe.get("name"),
         "workspace": workspace.uri,
         "driver": describe_driver(workspace),
         "stages": stages,
         "finished": all(stage["state"] == "finished" for stage in stages),
-        "phase": _phase(run, phase, run.phases[phase], now_s) if phase else None,
+        "phase": _phase(run, phase, phases[phase], now_s) if phase else None,
     }
 
 
@@ -47,12 +50,34 @@ def _stage(run: RunRecord, name: str) -> dict[str, Any]:
     return {"stage": name, "state": state, "seconds": mark.get("seconds") if mark else None}
 
 
-def _current_phase(run: RunRecord) -> str | None:
+def _current_phase(run: RunRecord, phases: dict[str, PhaseRecord]) -> str | None:
     """The phase that a run is in, or was in last."""
-    begun = [phase for phase in PHASES if run.phases.get(phase) and run.phases[phase].steps]
+    begun = [phase for phase in PHASES if phase in phases and phases[phase].steps]
     unfinished = [phase for phase in begun if not run.stages.get(phase, {}).get("finished")]
-    latest = sorted(begun, key=lambda phase: float(run.phases[phase].steps[-1]["time"]))
+    latest = sorted(begun, key=lambda phase: _time(phases[phase].steps[-1]))
     return next(iter([*unfinished, *reversed(latest)]), None)
+
+
+def _standing(record: PhaseRecord) -> PhaseRecord:
+    """What the last worker group goes on from or has made: what a dead one did after its checkpoint is undone."""
+    if not record.starts:
+        return record
+    start = max(record.starts, key=_time)
+
+    def stand(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row for row in rows if row["step"] <= start["step"] or row["time"] >= start["time"]]
+
+    return replace(
+        record,
+        starts=[start],
+        steps=stand(record.steps),
+        evaluations=stand(record.evaluations),
+        checkpoints=stand(record.checkpoints),
+    )
+
+
+def _time(row: dict[str, Any]) -> float:
+    return float(row["time"])
 
 
 def _phase(run: RunRecord, name: str, record: PhaseRecord, now_s: float) -> dict[str, Any]:
@@ -72,7 +97,7 @@ def _phase(run: RunRecord, name: str, record: PhaseRecord, now_s: float) -> dict
         "tokens_per_s": row["tokens_per_s"],
         "step_shares": step_shares(record.steps, RATE_STEPS),
         "left_s": left,
-        "last_row_age_s": now_s - max(row["time"] for row in _last_rows(record)),
+        "last_row_age_s": now_s - max(map(_time, _rows(record))),
         "domains": _domains(record),
         "sparsity": {
             group: {key: state[key] for key in ("expected", "target", "undecided", "largest_layer_gap")}
@@ -85,9 +110,8 @@ def _phase(run: RunRecord, name: str, record: PhaseRecord, now_s: float) -> dict
     }
 
 
-def _last_rows(record: PhaseRecord) -> list[dict[str, Any]]:
-    kinds = (record.starts, record.steps, record.evaluations, record.checkpoints)
-    return [rows[-1] for rows in kinds if rows]
+def _rows(record: PhaseRecord) -> list[dict[str, Any]]:
+    return [*record.starts, *record.steps, *record.evaluations, *record.checkpoints, *record.events]
 
 
 def _seconds_a_step(record: PhaseRecord) -> float | None:

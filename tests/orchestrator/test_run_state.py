@@ -78,6 +78,26 @@ def test_a_phase_in_the_middle(half):
     assert json.loads(json.dumps(state)) == state
 
 
+def test_a_phase_that_repeats_steps(half):
+    """Catches a run at work shown where its dead workers had come to, with their loss, and as if it stood still."""
+    store, later = half
+    start = {"kind": "start", "step": 80, "time": NOW - 30, "workers": 2}
+    again = [row | {"time": NOW - 20 + (row["step"] - 80), "loss": 9.0} for row in later[:1] if row["kind"] == "step"]
+    again += [again[0] | {"step": again[0]["step"] + 1, "time": again[0]["time"] + 1}]
+    rows = store.read_bytes("metrics/recovery.jsonl") + b"\n"
+    store.write_bytes("metrics/recovery.jsonl", rows + json.dumps(start).encode())
+    phase = read_state(store, NOW)["phase"]
+    assert (phase["phase"], phase["step"], phase["workers"], phase["last_row_age_s"]) == ("recovery", 80, 2, 30)
+    assert phase["checkpoint"]["step"] == 80
+    store.write_bytes(
+        "metrics/recovery.jsonl", rows + b"".join(json.dumps(row).encode() + b"\n" for row in [start, *again])
+    )
+    phase = read_state(store, NOW)["phase"]
+    assert (phase["step"], phase["loss"]) == (again[-1]["step"], 9.0)
+    assert phase["last_row_age_s"] == NOW - again[-1]["time"]
+    assert phase["left_s"] == 400 - again[-1]["step"]
+
+
 def test_mask_learning_tells_its_gates(tmp_path):
     store = write_example(tmp_path, leave_out=("extraction", "recovery", "scratch", "scores"))
     store.write_json("stages/pruning.json", store.read_json("stages/pruning.json") | {"finished": None})
@@ -140,8 +160,10 @@ def test_the_driver_is_found_alive_and_gone(tmp_path):
     assert read_state(store, NOW)["driver"] == "none"
     with lock_workspace(store, [].append):
         assert read_state(store, NOW)["driver"] == f"process {os.getpid()} on {socket.gethostname()}, at work"
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time() - 10**8}
+    holder = json.loads(store.read_bytes("driver.lock")) | {"time": time.time() - 10**8}
     store.write_bytes("driver.lock", json.dumps(holder).encode())
     assert read_state(store, NOW)["driver"].endswith("gone")
-    store.write_bytes("driver.lock", json.dumps(holder | {"host": "elsewhere"}).encode())
-    assert "cannot be looked into" in read_state(store, NOW)["driver"]
+    # a container may have its host's name, and numbers of its own
+    for elsewhere in ({"host": "elsewhere"}, {"processes": "pid:[1]"}):
+        store.write_bytes("driver.lock", json.dumps(holder | elsewhere).encode())
+        assert "cannot be looked into" in read_state(store, NOW)["driver"]
