@@ -4,6 +4,7 @@ import logging
 import math
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,9 @@ Key = tuple[str, tuple[tuple[str, str], ...]]
 
 STEP_PARTS = ("forward_backward", "communication", "update")
 """Of a step, beside `data`; all that they would be is `compute` while no step has been split."""
+
+AGES = ("shear_last_row_unix_seconds", "shear_checkpoint_unix_seconds")
+"""Ages are counted from these, or from the driver's beginning: a run that was stopped over night is not late."""
 
 EXPORT_EVERY_S = 5.0
 """Ray forgets a gauge that was not set for 20 to 30 s, and losses of an evaluation hold for much longer."""
@@ -39,9 +43,9 @@ METRICS = (
     Metric("shear_trained_tokens", "tokens", (), "Tokens trained on since step 0"),
     Metric("shear_workers", "workers", (), "Training workers"),
     Metric("shear_restarts", "restarts", (), "How often the phase went on from a checkpoint"),
-    Metric("shear_last_row_unix_seconds", "s", (), "When the workers last reported anything"),
+    Metric("shear_last_row_unix_seconds", "s", (), "When the workers last spoke, or the driver began the phase"),
     Metric("shear_checkpoint_step", "steps", (), "Step of the newest checkpoint"),
-    Metric("shear_checkpoint_unix_seconds", "s", (), "Its time; before the first, when the workers began"),
+    Metric("shear_checkpoint_unix_seconds", "s", (), "Its time, or when the driver began the phase"),
     Metric("shear_training_loss_nats_per_token", "nats/token", (), "Cross-entropy of the last batch"),
     Metric("shear_divergence_nats_per_token", "nats/token", (), "KL from the teacher, in distillation"),
     Metric("shear_not_finite_losses", "losses", (), "Of the last batch and evaluation, how many are no number"),
@@ -212,6 +216,7 @@ class RunMetrics:
 
         self.labels = {"run": run_name(workspace_uri), "phase": phase}
         self.figures = Figures()
+        self.began_unix_s = time.time()
         self.lock = threading.Lock()
         self.gauges = {
             metric.name: Gauge(metric.name, f"{metric.meaning} ({metric.unit})", ("run", "phase", *metric.labels))
@@ -233,11 +238,12 @@ class RunMetrics:
         self.export()
 
     def export(self) -> None:
-        """Hand every figure to Ray."""
+        """Hand every figure to Ray; before the first row there is one, of phases whose workers never come."""
         with self.lock:
-            values = dict(self.figures.values)
+            values = {("shear_last_row_unix_seconds", ()): 0.0} | self.figures.values
         for (name, labels), value in values.items():
-            self.gauges[name].set(value, self.labels | dict(labels))
+            shown = max(value, self.began_unix_s) if name in AGES else value
+            self.gauges[name].set(shown, self.labels | dict(labels))
 
     def _export_for_ever(self) -> None:
         pause = threading.Event()

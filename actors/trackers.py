@@ -6,7 +6,7 @@ import time
 from queue import SimpleQueue
 from typing import Any
 
-from actors.metrics import Figures, Key, run_name
+from actors.metrics import AGES, Figures, Key, run_name
 from actors.run_log import MakeWatcher, name_of
 from shearing.storage import open_store
 from shearing.training.config import TrackerName
@@ -14,7 +14,7 @@ from shearing.training.config import TrackerName
 FOLDER = "tracking"
 MOST_WAITING_ROWS = 1000
 CLOSED_WITHIN_S = 20.0
-CLOCKS = ("shear_last_row_unix_seconds", "shear_checkpoint_unix_seconds", "shear_step")
+CLOCKS = (*AGES, "shear_step")
 
 
 class Tracker:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -155,6 +156,27 @@ def test_all_figures_reach_ray_again_and_again(monkeypatch):
         assert "secret" not in str([gauge.set_to for gauge in gauges.values()])
         for gauge in gauges.values():
             gauge.set_to.clear()
+
+
+def test_ages_are_counted_from_the_drivers_beginning_on(monkeypatch):
+    """Catches alerts on every run that goes on in the morning, and none on one whose workers never come."""
+    monkeypatch.setattr("ray.util.metrics.Gauge", RecordedGauge)
+    monkeypatch.setattr(metrics, "EXPORT_EVERY_S", 3600.0)
+    began = time.time()
+
+    def shown_ages():
+        shown.export()
+        return [value for name in metrics.AGES for value in RecordedGauge.made[name].set_to.values()]
+
+    shown = RunMetrics("/runs/x", "recovery")
+    assert shown_ages() == [shown.began_unix_s]
+    assert began <= shown.began_unix_s <= time.time()
+    for row in ROWS:
+        shown.recall(row)
+    assert shown_ages() == [shown.began_unix_s] * 2
+    for row in ROWS:
+        shown.see(row | {"time": shown.began_unix_s + 60})
+    assert shown_ages() == [shown.began_unix_s + 60] * 2
 
 
 def test_the_documents_table_is_the_codes():
