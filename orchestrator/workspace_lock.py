@@ -27,7 +27,20 @@ Say = Callable[[str], None]
 
 
 def _self() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    return {"pid": os.getpid(), "time": time.time()} | _here()
+
+
+def _here() -> dict[str, str]:
+    """Where a process number means something: a host, and in it a container, which may share the host's name."""
+    try:
+        return {"host": socket.gethostname(), "processes": os.readlink("/proc/self/ns/pid")}
+    except OSError:  # no Linux
+        return {"host": socket.gethostname()}
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    """Whether its process can be looked for from here."""
+    return holder | _here() == holder
 
 
 @contextlib.contextmanager
@@ -54,7 +67,7 @@ def describe_driver(store: Store) -> str:
     who = f"process {holder['pid']} on {holder['host']}"
     if not store.is_local:
         return f"{who}, {'at work' if _is_alive(holder) else 'gone'}"
-    if holder["host"] != socket.gethostname():
+    if not _is_here(holder):
         return f"{who}, which cannot be looked into from here"
     return f"{who}, {'at work' if _began_before(holder['pid'], holder['time']) else 'gone'}"
 
@@ -135,7 +148,7 @@ def _wait_for_stamp(store: Store, say: Say) -> None:
     first = _read_stamp(store)
     if first is None or not _is_alive(first):
         return
-    if first["host"] == socket.gethostname():  # whose process was looked for, and found
+    if _is_here(first):  # whose process was looked for, and found
         raise _refuse(store, first)
     age_s = max(0.0, time.time() - first["time"])  # by two machines' clocks
     say(
@@ -163,4 +176,4 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     """Whether a stamp is fresh, and its process there as long as its host can be looked into from here."""
     if time.time() - holder["time"] > STAMP_DEAD_AFTER_S:
         return False
-    return holder["host"] != socket.gethostname() or _began_before(holder["pid"], holder["time"])
+    return not _is_here(holder) or _began_before(holder["pid"], holder["time"])

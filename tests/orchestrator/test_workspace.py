@@ -3,7 +3,6 @@ import fcntl
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -165,12 +164,21 @@ def test_a_stamp_that_is_renewed_belongs_to_a_driver_at_work(hasty):
 
 
 def test_a_process_number_given_anew_is_another_process():
-    """A container started again under its old name, whose first process has the number of the dead driver."""
+    """A driver that waits for its own number, which the dead one had before a new start of the machine."""
     store = open_store("memory://bucket/reused")
     before = psutil.Process().create_time() - 1
-    store.write_json(STAMP_NAME, {"host": socket.gethostname(), "pid": os.getpid(), "time": before})
+    store.write_json(STAMP_NAME, workspace_lock._self() | {"time": before})
     with lock_workspace(store, pytest.fail):
         assert store.read_json(STAMP_NAME)["time"] > before
+
+
+def test_a_process_of_another_container_is_not_looked_for(hasty):
+    """Two drivers at once, one in a container that shares its host's name and one beside it."""
+    store, said = open_store("memory://bucket/container"), []
+    store.write_json(STAMP_NAME, workspace_lock._self() | {"processes": "pid:[1]", "pid": 2**22 + 1})
+    with lock_workspace(store, said.append):
+        pass
+    assert "waiting for up to" in said[0]
 
 
 def test_a_stamp_that_was_taken_over_is_left_alone(hasty):
