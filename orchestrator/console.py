@@ -151,8 +151,9 @@ class Console:
         return f"\r{' ' * self._live_width}\r" if self._live_width else ""
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        with contextlib.suppress(OSError, ValueError):  # whoever looked on is gone, which ends no run
+            self._stream.write(text)
+            self._stream.flush()
 
 
 class _AsWarnings(logging.Handler):

@@ -1,5 +1,7 @@
+import contextlib
 import io
 import logging
+import os
 
 import pytest
 
@@ -91,6 +93,18 @@ def test_a_warning_of_a_module_does_not_fall_into_the_line_that_changes(clock):
     assert stream.getvalue().endswith("\r      warning: writing s3://bucket/x failed\n")
     logger.warning("too late")
     assert "too late" not in stream.getvalue()
+
+
+def test_nobody_who_looks_on_ends_no_run():
+    """Catches Ctrl-C that also ends `tee`: the run failed on its next word, before it had saved a checkpoint."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with contextlib.suppress(OSError), os.fdopen(writing, "w") as stream:
+        console = Console(stream)
+        console.note("nobody hears")
+        console.progress("recovery", {"step": 1, "loss": 1.0}, 100)
+        console.close()
+    console.warn("nor this, by a stream that is closed")
 
 
 def test_a_resumed_phase_does_not_get_a_wrong_time_left(clock):
