@@ -5,8 +5,14 @@ no later start would get past it; one that dies just before leaves a finished ch
 upload had written would stay for ever. The folders tell the truth: an index names a checkpoint's files and their sizes.
 """
 
+import hashlib
 import json
 import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import psutil
 
 from shearing.storage import Store
 from shearing.training.checkpoint import CheckpointReader, IncompleteCheckpointError
@@ -34,6 +40,17 @@ def settle_checkpoints(folder: Store) -> str | None:
     return newest
 
 
+def drop_torn_checkpoints(folder: Store) -> None:
+    """Remove what a dead group had begun to upload, before another begins. No snapshot names those.
+
+    Ray Train starts groups anew by itself, and keeps a number of checkpoints that it knows: these would stay for the
+    length of the phase, one for each worker that was killed while it saved.
+    """
+    for name in _checkpoint_names(folder):
+        if not _is_whole(folder.child(name)):
+            folder.delete(name)
+
+
 def newest_checkpoint(folder: Store) -> Store | None:
     """The newest whole checkpoint of a phase's folder, while others may be at work there.
 
@@ -44,6 +61,19 @@ def newest_checkpoint(folder: Store) -> Store | None:
         if _is_whole(folder.child(name)):
             return folder.child(name)
     return None
+
+
+def upload_prefix(checkpoints: str) -> str:
+    """Of the folders on a node's own disk from which a phase's checkpoints are uploaded; a process' number follows."""
+    return f"shear-checkpoint-{hashlib.sha256(checkpoints.encode()).hexdigest()[:12]}-"
+
+
+def remove_left_uploads(prefix: str) -> None:
+    """Remove what workers of this node that were killed while they saved left there, the size of a checkpoint each."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+        owner = folder.name.removeprefix(prefix).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def checkpoint_name(checkpoint: Store) -> str:

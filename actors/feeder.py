@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 WINDOW_BYTES = 2**24
 WINDOW_UNITS = 8
-READ_TASK_CPUS = 0.1
-"""A read task must fit beside workers that hold nearly all CPUs, or training and reading wait for each other."""
+READ_TASK_CPUS = 0
+"""Workers may hold every CPU there is: a read task that asked for a part of one would never start."""
 
 EXECUTIONS_AT_ONCE = max(2, (os.cpu_count() or 1) // 4)
 """Seven cold reader processes import for longer than two warm ones read seven domains."""

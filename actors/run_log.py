@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import ray
+
 from shearing.patience import StorageError
 from shearing.storage import Store, open_store
 
@@ -147,6 +149,35 @@ class RunLog:
     def newer(self, than: int) -> list[tuple[int, dict[str, Any]]]:
         """Rows pushed after the one numbered `than`, with their numbers; at most the newest KEPT_ROWS."""
         return [(number, row) for number, row in self.rows if number > than]
+
+
+class RankLog:
+    """Sends reports to the log actor from one rank, without waiting for them until `flush`."""
+
+    def __init__(self, actor: Any | None) -> None:
+        self.actor = actor
+        self.sent: list[Any] = []
+        self.unflushed: list[dict[str, Any]] = []
+        self.asked = False
+
+    def push(self, report: dict[str, Any]) -> None:
+        """Send one."""
+        if self.actor is not None:
+            self.unflushed.append(report)
+            self.sent = [*self.sent[-100:], self.actor.push.remote([report])]
+
+    def asked_to_leave(self) -> bool:
+        """Whether the driver wants the workers to leave, as far as the log has answered."""
+        if self.sent and not self.asked:
+            answered, _ = ray.wait(self.sent[-2:], num_returns=1, timeout=0)
+            self.asked = any(ray.get(answered))
+        return self.asked
+
+    def flush(self) -> None:
+        """All that was sent is on storage when this returns."""
+        if self.actor is not None:
+            ray.get([*self.sent, self.actor.flush.remote(self.unflushed)])
+            self.sent, self.unflushed = [], []
 
 
 def name_of(shown: Any) -> str:

@@ -6,6 +6,7 @@ last checkpoint; a driver that dies goes on the same way when it is started agai
 
 import contextlib
 import hashlib
+import os
 import secrets
 import tempfile
 import threading
@@ -22,16 +23,24 @@ import ray.train
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.failure_handling.default import RETRYABLE_CONTROLLER_ERRORS
 
-from actors.checkpoints import checkpoint_name, newest_checkpoint, settle_checkpoints
+from actors.checkpoints import (
+    checkpoint_name,
+    drop_torn_checkpoints,
+    newest_checkpoint,
+    remove_left_uploads,
+    settle_checkpoints,
+    upload_prefix,
+)
 from actors.domain_weights import DomainWeightsClient, start_domain_weights
 from actors.feeder import FeedPlan, RayDataSource, start_feeder
 from actors.metrics import RunMetrics
 from actors.nodes import HELD_WITHIN_S, LEAVING, HeldNodes, count_nodes
 from actors.process_group import NodeTorchConfig
-from actors.run_log import RunLog
+from actors.run_log import RankLog, RunLog
 from actors.trackers import TRACKERS, InThread
-from actors.wishes import Wishes, resources_per_worker
+from actors.wishes import Wishes, free_resources, resources_per_worker, room_for
 from shearing.data.manifest import load_manifest
 from shearing.errors import UserError
 from shearing.patience import StorageError
@@ -75,8 +84,11 @@ def run_phase(phase: PhaseConfig, workspace_uri: str, on_report: Callable[[Repor
     checkpoints = workspace.child("checkpoints")
     count_nodes()  # before any stream
     held = HeldNodes()
+    stopping, training = threading.Event(), threading.Event()
 
     def follow(report: Report) -> None:
+        if report["kind"] == "start":
+            training.set()
         held.follow(report)
         on_report(report)
 
@@ -84,15 +96,23 @@ def run_phase(phase: PhaseConfig, workspace_uri: str, on_report: Callable[[Repor
         if problems := ray.get(actors["weights"].problems.remote()):
             raise UserError(problems)
         folder = checkpoints.child(phase.name)
-        settings = {"phase": phase, "checkpoints": folder.uri} | actors
-        stopping = threading.Event()
+        settings = {"checkpoints": folder.uri} | actors
 
-        def leave() -> None:
+        def leave() -> float:
+            """Tell the workers. Returns for how many seconds they are waited for."""
             stopping.set()
+            if not training.is_set():
+                on_report(event_report(0, "stopping", "no workers train yet, so there is nothing to save"))
+                return 0.0
+            ray.get(actors["log"].ask_to_leave.remote())  # first: who is told may be gone
             on_report(event_report(0, "stopping", "saving a checkpoint first; ask again to stop at once"))
-            ray.get(actors["log"].ask_to_leave.remote())
+            return LEAVE_WITHIN_S
 
-        returned = _in_thread(lambda: _fit(settings, checkpoints, stopping), leave)
+        def fit(look_every_s: float) -> dict[str, Any]:
+            training.clear()
+            return _fit_group(phase, settings | {"look_every_s": look_every_s}, checkpoints, on_report)
+
+        returned = _in_thread(lambda: _fit(fit, stopping), leave)
         settle_checkpoints(folder)
     if returned["problems"]:
         raise UserError(returned["problems"])
@@ -132,11 +152,11 @@ def _close(log: Any) -> None:
         ray.get(log.close.remote(), timeout=CLOSE_WITHIN_S)
 
 
-def _in_thread(work: Callable[[], dict[str, Any]], leave: Callable[[], None]) -> dict[str, Any]:
+def _in_thread(work: Callable[[], dict[str, Any]], leave: Callable[[], float]) -> dict[str, Any]:
     """What `work` returns or raises, done in a thread of its own.
 
     In the main thread Ray Train would put its own handler of Ctrl-C in place of the driver's, and leave it there.
-    Where this thread is asked to stop, `leave` tells the workers, and they have a while for it.
+    Where this thread is asked to stop, `leave` tells the workers, and how long they have for it.
     """
     done: Future[dict[str, Any]] = Future()
 
@@ -152,17 +172,19 @@ def _in_thread(work: Callable[[], dict[str, Any]], leave: Callable[[], None]) ->
         while not done.done():  # Thread.join takes a thread for ended once a signal has cut it short
             wait([done], timeout=POLL_S)  # a task that Ray cancels hears of it between two waits alone
     except KeyboardInterrupt:
-        leave()
-        wait([done], timeout=LEAVE_WITHIN_S)
+        wait([done], timeout=leave())
         raise
     return done.result()
 
 
-def _fit(settings: dict[str, Any], checkpoints: Store, stopping: threading.Event) -> dict[str, Any]:
-    """Worker groups, one after another while they leave for a larger one; what the last returned."""
+def _fit(fit: Callable[[float], dict[str, Any]], stopping: threading.Event) -> dict[str, Any]:
+    """Worker groups, one after another while they leave for a larger one; what the last returned.
+
+    `fit` runs one that looks for room every so many seconds.
+    """
     before, look_every_s = 0, LOOK_FOR_ROOM_EVERY_S
     while True:
-        returned = _fit_group(settings | {"look_every_s": look_every_s}, checkpoints)
+        returned = fit(look_every_s)
         if not returned.get("left") or stopping.is_set():
             return returned
         if returned["left"] == before:  # there was no room after all: somebody else was quicker, or it is in pieces
@@ -170,49 +192,32 @@ def _fit(settings: dict[str, Any], checkpoints: Store, stopping: threading.Event
         before = returned["left"]
 
 
-def _fit_group(settings: dict[str, Any], checkpoints: Store) -> dict[str, Any]:
-    phase: PhaseConfig = settings["phase"]
-    engine = phase.engine
-    worker: Any = train_worker
-    scaling: Any = ScalingConfig  # typed as the older one, whose number of workers was fixed
-
-    def trainer() -> TorchTrainer:
-        return TorchTrainer(
-            worker,
-            train_loop_config=settings,
-            torch_config=NodeTorchConfig(backend="nccl" if engine.gpus_per_worker else "gloo"),
-            scaling_config=scaling(
-                num_workers=(
-                    engine.workers if isinstance(engine.workers, int) else (engine.least_workers, engine.most_workers)
-                ),
-                use_gpu=bool(engine.gpus_per_worker),
-                resources_per_worker=resources_per_worker(engine),
-                # a group that runs is never resized from outside: it leaves by itself, after a checkpoint
-                elastic_resize_monitor_interval_s=NEVER_S,
-            ),
-            run_config=RunConfig(
-                name=phase.name,
-                storage_path=checkpoints.path,
-                # whose uploads are not a Store's, so that its requests have to be patient by themselves
-                storage_filesystem=None if checkpoints.is_local else resolve(checkpoints.uri)[0],
-                failure_config=FailureConfig(max_failures=engine.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
-            ),
-        )
-
-    folder = checkpoints.child(phase.name)
-    tries, newest = 0, None
+def _fit_group(
+    phase: PhaseConfig, settings: dict[str, Any], checkpoints: Store, on_report: Callable[[Report], None]
+) -> dict[str, Any]:
+    engine, folder = phase.engine, checkpoints.child(phase.name)
+    # by reference: Ray Train's controller would load all of training for a value that it only hands on
+    settings = settings | {"phase": ray.put(phase)}
+    tries, newest, most = 0, None, engine.most_workers
     while True:
         count_nodes()
         # also says in a minute that a storage is gone, on which Ray Train's controller would come up for many
         found = settle_checkpoints(folder)
         tries, newest = tries + 1 if found == newest else 1, found
         try:
-            result: Any = trainer().fit()
+            result: Any = _trainer(phase, most, settings, checkpoints).fit()
             returned: dict[str, Any] = result.return_value
             return returned
         # Ray Train itself tries neither the set-up of the process group again nor a controller that did not come up
         except ray.train.ControllerError as error:
+            if isinstance(error.controller_failure, RETRYABLE_CONTROLLER_ERRORS):
+                # it counts on what other jobs hold of the nodes: only what is free now is there to be had
+                room = room_for(resources_per_worker(engine), free_resources())
+                most = min(max(room, engine.least_workers), engine.most_workers)
+                text = f"the workers could not start, as a node was lost or others use it: trying at most {most}"
+                on_report(event_report(0, "not started", text))
+                tries -= 1
+                continue
             if tries < SETUP_ATTEMPTS:
                 continue
             if isinstance(error.controller_failure, OSError) and not checkpoints.is_local:
@@ -223,6 +228,36 @@ def _fit_group(settings: dict[str, Any], checkpoints: Store) -> dict[str, Any]:
                 raise
 
 
+def _trainer(phase: PhaseConfig, most: int, settings: dict[str, Any], checkpoints: Store) -> TorchTrainer:
+    """Ray Train's, for as many workers as the recipe says, or up to `most` where it leaves that open."""
+    engine = phase.engine
+    elastic = not isinstance(engine.workers, int)
+    worker: Any = train_worker
+    scaling: Any = ScalingConfig  # typed as the older one, whose number of workers was fixed
+    failing: Any = FailureConfig  # likewise
+    return TorchTrainer(
+        worker,
+        train_loop_config=settings,
+        torch_config=NodeTorchConfig(backend="nccl" if engine.gpus_per_worker else "gloo"),
+        scaling_config=scaling(
+            num_workers=(engine.least_workers, most) if elastic else engine.workers,
+            use_gpu=bool(engine.gpus_per_worker),
+            resources_per_worker=resources_per_worker(engine),
+            # a group that runs is never resized from outside: it leaves by itself, after a checkpoint
+            elastic_resize_monitor_interval_s=NEVER_S,
+        ),
+        run_config=RunConfig(
+            name=phase.name,
+            storage_path=checkpoints.path,
+            # whose uploads are not a Store's, so that its requests have to be patient by themselves
+            storage_filesystem=None if checkpoints.is_local else resolve(checkpoints.uri)[0],
+            # an elastic group that finds no room would be tried for ever in the size that has none
+            failure_config=failing(max_failures=engine.max_failures, controller_failure_limit=0 if elastic else -1),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+        ),
+    )
+
+
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """The phase on one worker.
 
@@ -230,7 +265,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), prepare_deepspeed())
-    log = _RankLog(settings["log"] if place.rank == 0 else None)
+    log = RankLog(settings["log"] if place.rank == 0 else None)
     try:
         return {"problems": []} | _train(settings, place, log)
     except (UserError, TrainingDivergedError) as error:  # the same on every rank, and on every new start
@@ -239,15 +274,19 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         log.flush()
 
 
-def _train(settings: dict[str, Any], place: Place, log: "_RankLog") -> dict[str, Any]:
+def _train(settings: dict[str, Any], place: Place, log: RankLog) -> dict[str, Any]:
     attempt = _agreed(secrets.token_hex(4))
     weights = DomainWeightsClient(settings["weights"], place.rank, place.world, attempt)
-    phase: PhaseConfig = settings["phase"]
+    phase: PhaseConfig = ray.get(settings["phase"])
     wishes = Wishes(phase.engine, place, log.asked_to_leave, settings["look_every_s"])
     trainer = build_trainer(phase, place, RayDataSource(settings["feeder"]), weights, wishes.now)
     name = ""
-    # rank 0 looks, for all ranks have to see the same
-    found = newest_checkpoint(open_store(settings["checkpoints"])) if place.rank == 0 else None
+    prefix = upload_prefix(settings["checkpoints"])
+    remove_left_uploads(prefix)
+    found = None
+    if place.rank == 0:  # which looks for all, as all have to see the same
+        drop_torn_checkpoints(open_store(settings["checkpoints"]))
+        found = newest_checkpoint(open_store(settings["checkpoints"]))
     if uri := _agreed(found.uri if found else ""):
         checkpoint = open_store(uri)
         restore(trainer, CheckpointReader(checkpoint))
@@ -265,7 +304,7 @@ def _train(settings: dict[str, Any], place: Place, log: "_RankLog") -> dict[str,
             if trainer.settled(report) and trainer.checkpoint_due():
                 log.flush()
                 began_s = time.perf_counter()
-                name = _checkpoint(trainer, attempt)
+                name = _checkpoint(trainer, attempt, prefix)
                 log.push(checkpoint_report(trainer.state.step, name, time.perf_counter() - began_s))
                 if leaving and not trainer.finished():
                     if place.rank == 0 and not log.asked:
@@ -277,10 +316,10 @@ def _train(settings: dict[str, Any], place: Place, log: "_RankLog") -> dict[str,
     return {"checkpoint": name, "outcome": trainer.learner.outcome() if trainer.learner else {}}
 
 
-def _checkpoint(trainer: Trainer, attempt: str) -> str:
+def _checkpoint(trainer: Trainer, attempt: str, prefix: str) -> str:
     """Save and hand in a checkpoint (collective). Returns its name."""
     step, world = trainer.state.step, trainer.stream.world
-    with tempfile.TemporaryDirectory(prefix="shear-checkpoint-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as folder:
         save(trainer, Path(folder))
         # a name of this life of the group alone: files that a dead one left behind can never mix with these
         name = f"step-{step:08d}-of-{world}-{attempt}"
@@ -289,33 +328,6 @@ def _checkpoint(trainer: Trainer, attempt: str) -> str:
         except OSError as error:  # of the upload
             raise StorageError(f"writing the checkpoint {name} failed: {error}") from error
     return name
-
-
-class _RankLog:
-    """Sends reports to the log actor from one rank, without waiting for them until `flush`."""
-
-    def __init__(self, actor: Any | None) -> None:
-        self.actor = actor
-        self.sent: list[Any] = []
-        self.unflushed: list[Report] = []
-        self.asked = False
-
-    def push(self, report: Report) -> None:
-        if self.actor is not None:
-            self.unflushed.append(report)
-            self.sent = [*self.sent[-100:], self.actor.push.remote([report])]
-
-    def asked_to_leave(self) -> bool:
-        """Whether the driver wants the workers to leave, as far as the log has answered."""
-        if self.sent and not self.asked:
-            answered, _ = ray.wait(self.sent[-2:], num_returns=1, timeout=0)
-            self.asked = any(ray.get(answered))
-        return self.asked
-
-    def flush(self) -> None:
-        if self.actor is not None:
-            ray.get([*self.sent, self.actor.flush.remote(self.unflushed)])
-            self.sent, self.unflushed = [], []
 
 
 class _Followed:

@@ -8,8 +8,6 @@ from typing import Any
 from orchestrator.recipe import Recipe
 from orchestrator.scoring_settings import task_resources
 
-CPU_TO_READ = 1.0  # of one read task, the least with which training does not wait for data for ever
-
 
 @dataclass(frozen=True)
 class Demand:
@@ -19,13 +17,11 @@ class Demand:
         count: How many.
         each: What Ray sets aside for each of them: {"CPU": 4.0, "GPU": 1.0}.
         key: Of the recipe, that says how many; None where their number is not the recipe's to say.
-        reads: Whether they train, and so wait for read tasks beside them.
     """
 
     count: int
     each: dict[str, float]
     key: str | None = None
-    reads: bool = False
 
     @property
     def name(self) -> str:
@@ -69,7 +65,7 @@ def no_demands(_recipe: Recipe) -> list[Demand]:
 def _workers(recipe: Recipe, count: int, key: str) -> Demand:
     from actors.wishes import resources_per_worker  # with all of torch
 
-    return Demand(count, resources_per_worker(recipe.engine), key, reads=True)
+    return Demand(count, resources_per_worker(recipe.engine), key)
 
 
 def cluster_problems(
@@ -94,8 +90,6 @@ def _problems(demand: Demand, nodes: Sequence[dict[str, Any]]) -> list[str]:
         return short
     if (fitting := _room(demand.each, nodes)) < demand.count:
         return [_in_pieces(demand, fitting, nodes)]
-    if demand.reads and not _room_to_read(demand.each, demand.count, nodes):
-        return [_nothing_to_read_with(demand, there["CPU"], nodes)]
     return []
 
 
@@ -118,26 +112,6 @@ def _in_pieces(demand: Demand, fitting: int, nodes: Sequence[dict[str, Any]]) ->
         f"{demand.name} with {wanted}: each has to fit on one node, and the cluster's {len(nodes)} nodes have room for "
         f"{fitting} (at most {largest} on a node). {remedy}, or add larger nodes."
     )
-
-
-def _nothing_to_read_with(demand: Demand, there: float, nodes: Sequence[dict[str, Any]]) -> str:
-    each = demand.each["CPU"]
-    smaller = (tenths / 10 for tenths in range(math.ceil(each * 10), 0, -1))
-    fitting = next((cpus for cpus in smaller if _room_to_read(demand.each | {"CPU": cpus}, demand.count, nodes)), 0.1)
-    return (
-        f"{demand.name} with engine.cpus_per_worker = {each:g} take{'s' * (demand.count == 1)} "
-        f"{each * demand.count:g} of the cluster's {there:g} CPUs; no node keeps the one that reading data needs, so "
-        f"training would wait for ever. Set engine.cpus_per_worker={fitting:g}, or add nodes."
-    )
-
-
-def _room_to_read(each: dict[str, float], count: int, nodes: Sequence[dict[str, Any]]) -> bool:
-    """Whether so many fit where one node or another keeps a CPU free."""
-    for index, node in enumerate(nodes):
-        kept = {**node, "CPU": node.get("CPU", 0.0) - CPU_TO_READ}
-        if kept["CPU"] > -1e-9 and _room(each, [*nodes[:index], kept, *nodes[index + 1 :]]) >= count:
-            return True
-    return False
 
 
 def _room(each: dict[str, float], nodes: Sequence[dict[str, Any]]) -> int:

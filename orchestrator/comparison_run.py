@@ -55,7 +55,7 @@ class MethodRun:
 def runs_at_once(recipe: Recipe, cpus: float | None, gpus: float | None = None) -> int:
     """Methods that run beside each other: at least one, at most what CPUs and GPUs hold, or what the recipe says.
 
-    Every run needs its workers' CPUs and those of reading; with fewer, all would hold workers and wait for ever.
+    Every run is given its workers' CPUs and those of reading, which asks Ray for none and uses them all the same.
 
     Args:
         recipe: The comparison's.

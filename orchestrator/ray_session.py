@@ -55,7 +55,7 @@ _QUIET_ENVIRONMENT = {
 def logical_cpus(recipe: Recipe, runs_at_once: int = 1) -> int:
     """CPUs that an embedded Ray declares: enough for the workers, the actors and reading, whatever the machine has.
 
-    They are for scheduling alone. With fewer, workers hold every CPU and the read tasks they wait for never start.
+    They are for scheduling alone.
     """
     compared = recipe.comparison.workers if recipe.comparison is not None else None
     workers = max(recipe.engine.most_workers, compared or 0)

@@ -25,7 +25,8 @@ from journeys import (
     wait_until,
 )
 
-from actors.checkpoints import SNAPSHOT_NAME, newest_checkpoint, settle_checkpoints
+from actors import training
+from actors.checkpoints import SNAPSHOT_NAME, drop_torn_checkpoints, newest_checkpoint, settle_checkpoints
 from actors.training import run_phase
 from shearing.data.config import MixtureConfig
 from shearing.errors import UserError
@@ -146,6 +147,27 @@ def test_what_a_user_has_to_mend_is_not_tried_again(ray_session, pruning_phase, 
     assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C is no longer the driver's"
 
 
+def test_a_phase_that_waits_for_nodes_stops_at_once(ray_session, recovery_phase, tmp_path, monkeypatch):
+    """Catches ten minutes of waiting for a checkpoint that nobody is there to save, longer than any grace time."""
+    waiting, over, said = threading.Event(), threading.Event(), []
+
+    def wait_for_nodes(*_):
+        waiting.set()
+        over.wait(timeout=60)
+
+    def interrupt():
+        waiting.wait(timeout=60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(training, "_fit_group", wait_for_nodes)
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_phase(recovery_phase, str(tmp_path / "run"), lambda report: said.append(report["text"]))
+    assert not over.is_set()
+    over.set()
+    assert said == ["no workers train yet, so there is nothing to save"]
+
+
 def test_only_whole_checkpoints_are_gone_on_from(finished_journey, tmp_path):
     """Catches a half-written checkpoint taken for one, a whole one that is missed, and orphans that fill the disk."""
     journey, _ = finished_journey
@@ -165,6 +187,13 @@ def test_only_whole_checkpoints_are_gone_on_from(finished_journey, tmp_path):
     weights = next(cut_off.glob("weights-*"))
     weights.write_bytes(weights.read_bytes()[:-1])
     assert newest_checkpoint(store) == open_store(str(unlisted))
+    half = phase / newest.name.replace("step-00000024", "step-00000048")
+    shutil.copytree(newest, half, ignore=shutil.ignore_patterns("index.json"))
+    drop_torn_checkpoints(store)
+    assert {path.name for path in phase.glob("step-*")} == {older.name, newest.name, unlisted.name}
+    assert (phase / SNAPSHOT_NAME).exists()
+    shutil.copytree(newest, cut_off)
+    next(cut_off.glob("weights-*")).unlink()
     assert settle_checkpoints(store) == unlisted.name
     assert not cut_off.exists()
     assert (phase / SNAPSHOT_NAME).exists()

@@ -98,6 +98,24 @@ def test_killed_feeder_goes_on_where_it_was_asked(ray_session, corpus, plain):
             assert equal(source.fetch(plan), plain.fetch(plan)), step
 
 
+def test_workers_that_hold_every_cpu_are_read_for(ray_session, corpus, plain):
+    """Training that waits for ever: an elastic group takes all that a cluster has, and is read for beside that."""
+
+    class Holder:
+        def ready(self):
+            return True
+
+    holder = ray.remote(Holder).options(num_cpus=ray.available_resources()["CPU"]).remote()
+    try:
+        ray.get(holder.ready.remote(), timeout=60)
+        assert ray.available_resources().get("CPU", 0.0) == 0.0
+        plan = batches(1)[0]
+        rows = start_feeder(plan_for(corpus)).fetch.remote(plan)
+        assert equal(Sequences(*ray.get(rows, timeout=120)), plain.fetch(plan))
+    finally:
+        ray.kill(holder)
+
+
 def test_rewinding_to_a_checkpoint_gives_the_same_rows_again(ray_session, corpus, plain, monkeypatch):
     """Catches rows dropped for good once served. Windows of one unit: what lies behind is really gone."""
     monkeypatch.setattr(feeder, "WINDOW_UNITS", 1)

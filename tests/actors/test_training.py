@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from types import SimpleNamespace
@@ -10,8 +11,9 @@ import pytest
 import ray
 import ray.train
 from failing_storage import AWAY, failing_store
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from actors import training
+from actors import checkpoints, training
 from actors.run_log import RunLog
 from shearing.patience import StorageError
 from shearing.training.config import EngineConfig
@@ -31,25 +33,43 @@ def test_a_driver_asked_to_stop_waits_for_the_workers_checkpoint():
         saved.set()
         return {"checkpoint": "step-00000011"}
 
+    def leave() -> float:
+        asked.set()
+        return 30.0
+
     interrupt_after(0.2)
     with pytest.raises(KeyboardInterrupt):
-        training._in_thread(work, asked.set)
+        training._in_thread(work, leave)
     assert saved.is_set()
 
 
-def test_workers_that_never_leave_are_left_behind(monkeypatch):
-    monkeypatch.setattr(training, "LEAVE_WITHIN_S", 0.2)
+def test_workers_that_never_leave_are_left_behind():
     over = threading.Event()
     interrupt_after(0.2)
     with pytest.raises(KeyboardInterrupt):
-        training._in_thread(lambda: {"late": over.wait(timeout=30)}, lambda: None)
+        training._in_thread(lambda: {"late": over.wait(timeout=30)}, lambda: 0.2)
     over.set()
 
 
 def test_what_the_phase_returns_or_raises_comes_back():
-    assert training._in_thread(lambda: {"checkpoint": "last"}, lambda: None) == {"checkpoint": "last"}
+    assert training._in_thread(lambda: {"checkpoint": "last"}, pytest.fail) == {"checkpoint": "last"}
     with pytest.raises(RuntimeError, match="as it was"):
-        training._in_thread(lambda: (_ for _ in ()).throw(RuntimeError("as it was")), lambda: None)
+        training._in_thread(lambda: (_ for _ in ()).throw(RuntimeError("as it was")), pytest.fail)
+
+
+def test_what_killed_workers_had_begun_to_save_is_removed(tmp_path, monkeypatch):
+    """Catches a node's disk that fills up by a checkpoint for each worker killed; the folder of one at work gone."""
+    monkeypatch.setattr(checkpoints.tempfile, "gettempdir", lambda: str(tmp_path))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    prefix = checkpoints.upload_prefix("/runs/x/checkpoints/recovery")
+    other = checkpoints.upload_prefix("/runs/y/checkpoints/recovery")
+    kept = [f"{prefix}{os.getpid()}-a", f"{other}{gone.pid}-b", "something-else"]
+    for name in [*kept, f"{prefix}{gone.pid}-c"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("many")
+    checkpoints.remove_left_uploads(prefix)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_trackers_are_closed_before_their_log_is_killed(ray_session, tmp_path):
@@ -79,9 +99,11 @@ class TestFitGroup:
     def fit(self, monkeypatch, tmp_path):
         monkeypatch.setattr(training, "count_nodes", lambda: None)
         monkeypatch.setattr(training, "resolve", lambda _uri: (None, ""))
+        monkeypatch.setattr(training.ray, "put", lambda value: value)
         store, handler = failing_store(tmp_path)
+        sizes, said = [], []
 
-        def run(*outcomes):
+        def run(*outcomes, workers=1):
             """What comes of groups that end so, one after another, and how many of them there were."""
             left = list(outcomes)
 
@@ -93,14 +115,28 @@ class TestFitGroup:
                     raise outcome
                 return SimpleNamespace(return_value=outcome)
 
-            monkeypatch.setattr(training, "TorchTrainer", lambda *_args, **_words: SimpleNamespace(fit=end))
-            settings = {"phase": SimpleNamespace(name="pruning", engine=EngineConfig(workers=1))}
+            def make(*_args, scaling_config, **_words):
+                sizes.append(scaling_config.num_workers)
+                return SimpleNamespace(fit=end)
+
+            monkeypatch.setattr(training, "TorchTrainer", make)
+            phase = SimpleNamespace(name="pruning", engine=EngineConfig(workers=workers))
             try:
-                return training._fit_group(settings, store), len(outcomes) - len(left)
+                return training._fit_group(phase, {}, store, said.append), len(outcomes) - len(left)
             except Exception as error:
                 return error, len(outcomes) - len(left)
 
+        run.sizes, run.said = sizes, said
         return run
+
+    def test_an_elastic_group_without_room_is_tried_with_what_is_free(self, fit, monkeypatch):
+        # catches a run that left for more workers and never comes back, since other jobs hold what Ray counts as free
+        free = iter([[{"CPU": 3.5}, {"CPU": 1.0}], [{"CPU": 0.5}], [{"CPU": 64.0}]])
+        monkeypatch.setattr(training, "free_resources", lambda: next(free))
+        no_room = ray.train.ControllerError(WorkerGroupStartupTimeoutError(16))
+        assert fit(*[no_room] * 3, {"outcome": {}}, workers={"min": 2, "max": 16}) == ({"outcome": {}}, 4)
+        assert fit.sizes == [(2, 16), (2, 4), (2, 2), (2, 16)]
+        assert [report["text"].rpartition(" ")[2] for report in fit.said] == ["4", "2", "16"]
 
     def test_a_controller_that_does_not_come_up_is_made_again(self, fit):
         # catches a run that ends since its storage was away while Ray Train looked at it

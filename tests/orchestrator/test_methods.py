@@ -164,7 +164,7 @@ def test_a_comparison_without_faults_has_none(tmp_path):
     ],
 )
 def test_no_more_runs_at_once_than_there_is_room_for(tmp_path, section, cpus, gpus, expected):
-    """Runs that hold all CPUs with workers, and wait for ever for one to read text with."""
+    """Runs that wait for each other's CPUs, or that read with none to spare."""
     listed = ", ".join(f"{key}: {value}" for key, value in section.items())
     recipe, _ = comparison(tmp_path, f"comparison={{{listed}}}")
     assert runs_at_once(recipe, cpus, gpus) == expected
