@@ -46,6 +46,7 @@ from shearing.errors import UserError
 from shearing.patience import StorageError
 from shearing.storage import Store, open_store, resolve
 from shearing.training.checkpoint import CheckpointReader
+from shearing.training.config import EngineConfig
 from shearing.training.engine import prepare_deepspeed
 from shearing.training.loop import Report, Trainer, checkpoint_report, event_report, training_reports
 from shearing.training.phase import PhaseConfig, Place, build_trainer, restore, save, start_report
@@ -53,6 +54,7 @@ from shearing.training.watchdog import TrainingDivergedError
 
 KEPT_CHECKPOINTS = 2
 POLL_S = 1.0
+ELASTIC_RESTARTS = 1  # in which no worker started: a second time there is no room for as many
 SETUP_ATTEMPTS = 3  # with no new checkpoint between them
 LEAVE_WITHIN_S = 600.0  # a step and a checkpoint of a large model; who asks twice waits no more
 CLOSE_WITHIN_S = 30.0
@@ -198,12 +200,16 @@ def _fit_group(
     engine, folder = phase.engine, checkpoints.child(phase.name)
     # by reference: Ray Train's controller would load all of training for a value that it only hands on
     settings = settings | {"phase": ray.put(phase)}
-    tries, newest, most = 0, None, engine.most_workers
+    tries, not_started = 0, False
+    newest: str | None = ""  # of no look yet
     while True:
         count_nodes()
         # also says in a minute that a storage is gone, on which Ray Train's controller would come up for many
         found = settle_checkpoints(folder)
-        tries, newest = tries + 1 if found == newest else 1, found
+        same, newest = found == newest, found
+        tries = tries + 1 if same else 1
+        most = _most_that_fit(engine, on_report) if not_started and same else engine.most_workers
+        not_started = False
         try:
             result: Any = _trainer(phase, most, settings, checkpoints).fit()
             returned: dict[str, Any] = result.return_value
@@ -211,11 +217,7 @@ def _fit_group(
         # Ray Train itself tries neither the set-up of the process group again nor a controller that did not come up
         except ray.train.ControllerError as error:
             if isinstance(error.controller_failure, RETRYABLE_CONTROLLER_ERRORS):
-                # it counts on what other jobs hold of the nodes: only what is free now is there to be had
-                room = room_for(resources_per_worker(engine), free_resources())
-                most = min(max(room, engine.least_workers), engine.most_workers)
-                text = f"the workers could not start, as a node was lost or others use it: trying at most {most}"
-                on_report(event_report(0, "not started", text))
+                not_started = True
                 tries -= 1
                 continue
             if tries < SETUP_ATTEMPTS:
@@ -226,6 +228,19 @@ def _fit_group(
         except ray.exceptions.ActorDiedError as error:
             if tries == SETUP_ATTEMPTS or not error.actor_init_failed:
                 raise
+
+
+def _most_that_fit(engine: EngineConfig, on_report: Callable[[Report], None]) -> int:
+    """Workers that there is room for, within what the recipe allows.
+
+    Ray Train counts on what other jobs hold of the nodes. It is given the whole range first: what it may have at most
+    is also what it asks an autoscaler for.
+    """
+    room = room_for(resources_per_worker(engine), free_resources())
+    most = min(max(room, engine.least_workers), engine.most_workers)
+    text = f"the workers could not start: others use what was counted on, or it was lost. Trying at most {most}"
+    on_report(event_report(0, "not started", text))
+    return most
 
 
 def _trainer(phase: PhaseConfig, most: int, settings: dict[str, Any], checkpoints: Store) -> TorchTrainer:
@@ -251,8 +266,9 @@ def _trainer(phase: PhaseConfig, most: int, settings: dict[str, Any], checkpoint
             storage_path=checkpoints.path,
             # whose uploads are not a Store's, so that its requests have to be patient by themselves
             storage_filesystem=None if checkpoints.is_local else resolve(checkpoints.uri)[0],
-            # an elastic group that finds no room would be tried for ever in the size that has none
-            failure_config=failing(max_failures=engine.max_failures, controller_failure_limit=0 if elastic else -1),
+            failure_config=failing(
+                max_failures=engine.max_failures, controller_failure_limit=ELASTIC_RESTARTS if elastic else -1
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
         ),
     )

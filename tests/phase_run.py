@@ -21,8 +21,13 @@ def main(phase_file: str, workspace: str) -> None:
     training.LOOK_FOR_ROOM_EVERY_S = 2.0
     phase = PhaseConfig.model_validate_json(Path(phase_file).read_text())
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, runtime_env={"env_vars": ENVIRONMENT})
-    training.run_phase(phase, workspace, lambda _report: None)
+    training.run_phase(phase, workspace, tell)
     ray.shutdown()
+
+
+def tell(report: training.Report) -> None:
+    if report["kind"] == "event":
+        sys.stdout.write(f"{report['text']}\n")
 
 
 if __name__ == "__main__":

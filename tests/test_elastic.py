@@ -12,8 +12,8 @@ STEPS, BATCH_SEQUENCES = 300, 8
 ONE_OR_TWO = {"workers": {"min": 1, "max": 2}, "cpus_per_worker": 0.8}  # nodes have one CPU
 
 
-def run_on_nodes(values: dict, folder, *events: str) -> Journey:
-    """A phase on two nodes of which one is lost, and whatever else `events` say."""
+def run_on_nodes(values: dict, folder, *events: str) -> tuple[Journey, str]:
+    """A phase on two nodes, with what `events` bring about there, and what its driver was told."""
     (folder / "phase.json").write_text(json.dumps(values))
     journey = Journey(folder / "run", [])
     done = subprocess.run(
@@ -31,7 +31,7 @@ def run_on_nodes(values: dict, folder, *events: str) -> Journey:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return journey
+    return journey, done.stdout
 
 
 def starts(journey: Journey, phase: str) -> list[dict]:
@@ -46,7 +46,7 @@ def test_fewer_workers_when_a_node_goes_and_more_when_one_comes(pruning_phase, t
     # passes of three sequences: one worker makes three of them for a batch of eight, two make two each
     values["engine"] |= ONE_OR_TWO | {"micro_batch_sequences": 3}
     values["training"]["steps"] = STEPS
-    journey = run_on_nodes(values, tmp_path, "lose:20", "gain:60")
+    journey, _ = run_on_nodes(values, tmp_path, "lose:20", "gain:60")
     rows, (shrunk, grown) = journey.rows("pruning"), starts(journey, "pruning")
     assert [row["text"].rpartition("with ")[2] for row in (shrunk, grown)] == ["1 worker", "2 workers"]
     before = max(row["step"] for row in rows[: rows.index(grown)] if row["kind"] == "step")
@@ -61,7 +61,18 @@ def test_a_node_lost_at_a_bad_moment(request, finished_journey, tmp_path, phase,
     from though a node took a part of it along."""
     values = request.getfixturevalue(f"{phase}_phase").model_dump(mode="json")
     values["engine"] |= ONE_OR_TWO
-    journey = run_on_nodes(values, tmp_path, event)
+    journey, _ = run_on_nodes(values, tmp_path, event)
     check_resumed(journey, phase, 1)
     assert starts(journey, phase)[0]["text"] == "goes on from step 8 with 1 worker"
     check_whole(journey, phase, finished_journey[0], REARRANGED)
+
+
+@pytest.mark.slow
+def test_what_another_job_holds_is_left_to_it(recovery_phase, finished_journey, tmp_path):
+    """Catches a phase that is tried for ever in the size for which it would need what another job holds of a node."""
+    values = recovery_phase.model_dump(mode="json")
+    values["engine"] |= ONE_OR_TWO
+    journey, told = run_on_nodes(values, tmp_path, "hold:0.5")
+    assert "the workers could not start: others use what was counted on, or it was lost. Trying at most 1\n" in told
+    assert [row["workers"] for row in journey.rows("recovery") if row["kind"] == "start"] == [1]
+    check_whole(journey, "recovery", finished_journey[0], REARRANGED)

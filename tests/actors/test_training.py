@@ -138,6 +138,15 @@ class TestFitGroup:
         assert fit.sizes == [(2, 16), (2, 4), (2, 2), (2, 16)]
         assert [report["text"].rpartition(" ")[2] for report in fit.said] == ["4", "2", "16"]
 
+    def test_a_group_that_had_trained_asks_for_all_again(self, fit, monkeypatch):
+        # catches a lost node that no autoscaler is asked to replace
+        newest = iter([None, "step-00000010-of-16-aa"])
+        monkeypatch.setattr(training, "settle_checkpoints", lambda _folder: next(newest))
+        no_room = ray.train.ControllerError(WorkerGroupStartupTimeoutError(16))
+        assert fit(no_room, {"outcome": {}}, workers={"min": 2, "max": 16}) == ({"outcome": {}}, 2)
+        assert fit.sizes == [(2, 16), (2, 16)]
+        assert fit.said == []
+
     def test_a_controller_that_does_not_come_up_is_made_again(self, fit):
         # catches a run that ends since its storage was away while Ray Train looked at it
         assert fit(self.NOT_UP, ray.train.ControllerError(AWAY), {"outcome": {}}) == ({"outcome": {}}, 3)
