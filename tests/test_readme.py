@@ -274,14 +274,15 @@ def check_tasks_and_text(folder: Path, text: str, tasks: str) -> None:
 def test_a_fresh_clone_reaches_its_report(tmp_path):
     """Files that only lie in the author's folder, undeclared dependencies, a quickstart that takes all morning.
 
-    `git clone` and `make quickstart`, install included, within twelve minutes; then what the README says it leaves.
+    `git clone` and `make quickstart`, install included, in twenty minutes at the most, whatever else the machine does;
+    then what the README says it leaves.
     """
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True, timeout=120)
     assert re.search(r"^quickstart:.*\n\t\$\(BIN\)/python pipelines/shear\.py$", (clone / "Makefile").read_text(), re.M)
     outside = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "RAY_ADDRESS")}
     done = subprocess.run(
-        ["make", "quickstart"], cwd=clone, env=outside, capture_output=True, text=True, timeout=720, check=False
+        ["make", "quickstart"], cwd=clone, env=outside, capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     activated = f"{documented('source ')} && python -c 'import sys, shearing; print(sys.prefix)'"
