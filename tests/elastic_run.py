@@ -29,7 +29,7 @@ import sys, time
 import ray
 ray.init(address=sys.argv[1], log_to_driver=False)
 node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(sys.argv[2], soft=False)
-hold = ray.remote(time.sleep).options(num_cpus=float(sys.argv[3]), scheduling_strategy=node).remote(10**6)
+hold = ray.remote(lambda: time.sleep(10**6)).options(num_cpus=float(sys.argv[3]), scheduling_strategy=node).remote()
 while ray.available_resources()["CPU"] > 2 - float(sys.argv[3]):
     time.sleep(0.1)
 print("holds", flush=True)
