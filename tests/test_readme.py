@@ -13,6 +13,7 @@ from typing import get_args
 
 import pytest
 import yaml
+from journeys import end_with_children
 
 from orchestrator.command import DONE, FAILED, TO_MEND
 from orchestrator.methods import comparison_uri
@@ -281,17 +282,21 @@ def test_a_fresh_clone_reaches_its_report(tmp_path):
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True, timeout=120)
     assert re.search(r"^quickstart:.*\n\t\$\(BIN\)/python pipelines/shear\.py$", (clone / "Makefile").read_text(), re.M)
     outside = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "RAY_ADDRESS")}
-    done = subprocess.run(
-        ["make", "quickstart"], cwd=clone, env=outside, capture_output=True, text=True, timeout=1200, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    with (tmp_path / "said").open("w") as said:
+        made = subprocess.Popen(["make", "quickstart"], cwd=clone, env=outside, stdout=said, stderr=subprocess.STDOUT)
+        try:
+            status = made.wait(timeout=1200)
+        finally:
+            end_with_children(made)  # of a `make` that is killed alone the run goes on
+    output = (tmp_path / "said").read_text(encoding="utf-8")
+    assert status == 0, output[-3000:]
     activated = f"{documented('source ')} && python -c 'import sys, shearing; print(sys.prefix)'"
     python = subprocess.run(
         ["bash", "-c", activated], cwd=clone, env=outside, capture_output=True, text=True, check=True
     )
     assert python.stdout.strip() == str(clone / ".venv")
     folder = clone / "runs" / "quickstart"
-    assert f"report  {folder}/report/index.html" in done.stdout
+    assert f"report  {folder}/report/index.html" in output
     for name in tree_of("runs/<name>/"):
         assert list(folder.glob(name.rstrip("/").replace("<phase>", "recovery"))), name
     marks = {path.stem: json.loads(path.read_text())["outputs"] for path in (folder / "stages").glob("*.json")}
